@@ -1,0 +1,65 @@
+"""The only importer of the extension module ``fastmerge._C``.
+
+The module has no torch header: kernels take addresses, sizes and strides as integers and an explicit thread count.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# Mirrors enum Dtype in csrc/common/dtype.h.
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("fastmerge._C"), None
+    except ImportError as error:
+        if getattr(error, "name", None) == "fastmerge._C":
+            return None, "fastmerge was installed without native kernels (FASTMERGE_BUILD=off, or not built yet)"
+        return None, f"fastmerge._C does not load: {error}"
+
+
+def why_not() -> str | None:
+    """None when the native module loads, else the reason it does not."""
+    return _load()[1]
+
+
+def lib() -> Any:
+    """The native module; raises ImportError with the reason when there is none."""
+    module, reason = _load()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+@functools.cache
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def threads() -> int:
+    """Threads a kernel may use: torch's intra-op setting, at most the CPUs this process may run on."""
+    return max(1, min(torch.get_num_threads(), _affinity()))
+
+
+def cpu_why_not(*tensors: torch.Tensor) -> str | None:
+    """The common guard of CPU backends: native module loaded, dense CPU tensors of a supported dtype, no gradient."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"a tensor is on {t.device}"
+        if t.dtype not in DTYPES:
+            return f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
+        if t.layout != torch.strided:
+            return f"layout {t.layout} is not strided"
+    return None
