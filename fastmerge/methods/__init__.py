@@ -1,1 +1,69 @@
+"""The merge methods, one file each. ``names()`` lists them, ``get(name)`` gives one."""
 
+from __future__ import annotations
+
+import difflib
+import functools
+from importlib.metadata import entry_points
+
+from ..errors import BadInput
+from . import linear as _linear
+from . import task_arithmetic as _task_arithmetic
+from ._method import (
+    REQUIRED,
+    Context,
+    Delta,
+    Deltas,
+    Density,
+    Help,
+    Method,
+    Models,
+    Parameter,
+    PerModel,
+    Range,
+    TensorStream,
+    Weight,
+    method,
+    registered,
+)
+
+__all__ = [
+    "REQUIRED",
+    "Context",
+    "Delta",
+    "Deltas",
+    "Density",
+    "Help",
+    "Method",
+    "Models",
+    "Parameter",
+    "PerModel",
+    "Range",
+    "TensorStream",
+    "Weight",
+    "get",
+    "method",
+    "names",
+]
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for point in entry_points(group="fastmerge.methods"):
+        point.load()  # importing it runs its @method decorators
+
+
+def names() -> list[str]:
+    """Names of all methods, users' own (entry points ``fastmerge.methods``) included."""
+    _load_entry_points()
+    return sorted(registered())
+
+
+def get(name: str) -> Method:
+    """The method called `name`; raises BadInput with the nearest names when there is none."""
+    _load_entry_points()
+    if name in registered():
+        return registered()[name]
+    near = difflib.get_close_matches(name, registered(), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise BadInput(f"unknown merge method {name!r}{hint} (there are: {', '.join(names())})")

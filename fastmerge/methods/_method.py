@@ -1,0 +1,338 @@
+"""What a merge method is: a plain annotated function, and optional passes over the data before it.
+
+The annotations are the configuration schema (recipe keys, ranges, help). A method takes ``base: Weight`` and either
+``deltas: Deltas`` (the engine subtracts the base in float32) or ``models: Models`` (raw), keyword-only parameters, and
+optionally ``context: Context``. It returns a ``Weight``, or a ``Delta`` that the engine adds to the base.
+
+Passes, each optional::
+
+    @ties.fit      # once per job: sees every tensor; result is context.plan
+    @ties.scan     # once per tensor, before it is applied; result is context.state
+
+``grain="element"`` promises that output element i depends on input elements i only (plus plan and state), so that the
+engine may call the method on chunks; ``grain="tensor"`` gets whole tensors; ``grain="stream"`` gets the
+:class:`TensorStream` itself and drives its own chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class _Space:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class _PerModel:
+    def __repr__(self) -> str:
+        return "PerModel"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a numeric parameter, inclusive."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+
+@dataclass(frozen=True)
+class Help:
+    """One line about a parameter, shown by ``fastmerge methods NAME``."""
+
+    text: str
+
+
+Weight = Annotated[Tensor, _Space("weight")]
+Delta = Annotated[Tensor, _Space("delta")]
+Models = Annotated[Sequence[Tensor], _Space("models")]
+Deltas = Annotated[Sequence[Tensor], _Space("deltas")]
+PerModel = Annotated[T, _PerModel()]
+Density = Annotated[float, Range(0.0, 1.0)]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One configuration key of a method."""
+
+    name: str  # as in recipes: "lambda", not "lambda_"
+    type: type  # float, int, bool or str
+    per_model: bool = False
+    default: Any = REQUIRED
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    optional: bool = False  # None is a value
+    many: bool = False  # a list of `type`
+    help: str = ""
+
+    @property
+    def argument(self) -> str:
+        """The keyword of the method's function."""
+        return self.name + "_" if self.name in ("lambda",) else self.name
+
+    def check(self, value: Any) -> Any:
+        """The value converted to the parameter's type; raises ValueError with one sentence saying what is wrong."""
+        if value is None and self.optional:
+            return None
+        if self.many:
+            if not isinstance(value, (list, tuple)):
+                value = [value]
+            return [self._check_one(v) for v in value]
+        return self._check_one(value)
+
+    def _check_one(self, value: Any) -> Any:
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.name} must be true or false, not {value!r}")
+            return value
+        if self.type is str:
+            if not isinstance(value, str) or (self.choices and value not in self.choices):
+                wanted = f"one of {', '.join(self.choices)}" if self.choices else "a string"
+                raise ValueError(f"{self.name} must be {wanted}, not {value!r}")
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{self.name} must be a number, not {value!r}")
+        if self.type is int and value != int(value):
+            raise ValueError(f"{self.name} must be a whole number, not {value!r}")
+        if not math.isfinite(value) or not self.minimum <= value <= self.maximum:
+            low, high = self.minimum, self.maximum
+            if math.isinf(low) and math.isinf(high):
+                raise ValueError(f"{self.name} must be finite, not {value!r}")
+            bounds = f">= {low:g}" if math.isinf(high) else f"<= {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"{self.name} must be {bounds}, not {value!r}")
+        return int(value) if self.type is int else float(value)
+
+
+class TensorStream(Protocol):
+    """One named parameter of all models, in memory or on disk, read piece by piece."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    start: int  # flat index of this tensor's first element among all merged tensors, in output order
+    count: int  # number of (non-base) models
+    has_base: bool
+    out_dtype: torch.dtype
+    parameters: Mapping[str, Any]
+
+    def read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Elements [begin, end) of the base and of each model, flat, valid until the next call on this thread."""
+        ...
+
+    def for_each(self, visit: Callable[[int, Tensor | None, list[Tensor]], None]) -> None:
+        """visit(offset, base, models) over chunks that cover the tensor, possibly from several threads at once."""
+        ...
+
+    def whole(self) -> tuple[Tensor | None, list[Tensor]]:
+        """Everything, in the tensor's shape: O(tensor) memory."""
+        ...
+
+    def emit(self, result: Tensor, *, add_base: bool = False) -> None:
+        """Store the result (the tensor's shape, any float dtype); with add_base, base + result."""
+        ...
+
+
+@dataclass
+class Context:
+    """What a method may know about the call beyond its tensors and parameters."""
+
+    name: str = ""
+    shape: tuple[int, ...] = ()
+    offset: int = 0  # flat index, within the tensor, of the first element of this chunk
+    start: int = 0  # flat index of the tensor among all merged tensors
+    seed: int = 0
+    dtype: torch.dtype = torch.float32  # of the result
+    out: Tensor | None = None  # a buffer the result may be written to
+    plan: Any = None
+    state: Any = None
+
+
+@dataclass
+class Method:
+    """A registered merge method; ``fastmerge.methods.get(name)``."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: dict[str, Parameter]
+    base: Literal["required", "optional", "ignored"]
+    models: tuple[int, int | None]
+    grain: Literal["element", "tensor", "stream"]
+    takes: Literal["models", "deltas"]
+    gives: Literal["weight", "delta"]
+    paper: str = ""
+    wants_context: bool = False
+    summary: str = ""
+    description: str = ""
+    fit_pass: Callable[..., Any] | None = None
+    scan_pass: Callable[..., Any] | None = None
+    needs_data: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register ``fit(tensors: Iterable[TensorStream], seed) -> plan`` (None = nothing to fit for these parameters)."""
+        self.fit_pass = function
+        return function
+
+    def scan(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register ``scan(tensor: TensorStream, plan) -> state``."""
+        self.scan_pass = function
+        return function
+
+    def arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Recipe parameters as keyword arguments of the function."""
+        return {p.argument: parameters[p.name] for p in self.parameters.values()}
+
+    def __call__(self, base: Tensor | None, tensors: Sequence[Tensor], context: Context, parameters: Mapping[str, Any]) -> Tensor:
+        """Merge one tensor or chunk: raw models in, the merged weight out (base added if the method gives a delta)."""
+        arguments = self.arguments(parameters)
+        if self.wants_context:
+            arguments["context"] = context
+        origin = base
+        if self.takes == "deltas":
+            assert base is not None
+            origin = base.float() if base.dtype != torch.float64 else base
+            tensors = [t.to(origin.dtype) - origin for t in tensors]
+        result: Tensor = self.function(origin if self.takes == "deltas" else base, tensors, **arguments)
+        if self.gives == "delta":
+            assert origin is not None
+            result = origin.to(result.dtype) + result
+        return result
+
+
+_SCALARS = (bool, int, float, str)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    recipe_name = name.rstrip("_")
+    per_model, low, high, text, optional, many, choices = False, -math.inf, math.inf, "", False, False, ()
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation, *extra = get_args(annotation)
+            for e in extra:
+                if isinstance(e, _PerModel):
+                    per_model = True
+                elif isinstance(e, Range):
+                    low, high = e.minimum, e.maximum
+                elif isinstance(e, Help):
+                    text = e.text
+        elif origin in (typing.Union, types.UnionType):
+            options = [a for a in get_args(annotation) if a is not type(None)]
+            optional = optional or len(options) < len(get_args(annotation))
+            if len(options) != 1:
+                raise TypeError(f"parameter {name}: a union of {options} has no single recipe type")
+            annotation = options[0]
+        elif origin is list:
+            many, annotation = True, get_args(annotation)[0]
+        elif origin is Literal:
+            choices = tuple(str(c) for c in get_args(annotation))
+            annotation = str
+        else:
+            break
+    if annotation not in _SCALARS:
+        raise TypeError(f"parameter {name}: {annotation!r} is not float, int, bool, str, a Literal or a list of those")
+    return Parameter(
+        recipe_name, annotation, per_model, REQUIRED if default is inspect.Parameter.empty else default, low, high, choices, optional, many, text
+    )
+
+
+def _space(annotation: Any) -> str:
+    for candidate in (annotation, *get_args(annotation)):
+        for extra in getattr(candidate, "__metadata__", ()):
+            if isinstance(extra, _Space):
+                return extra.name
+    return ""
+
+
+_registry: dict[str, Method] = {}
+
+
+def method(
+    *,
+    paper: str = "",
+    name: str | None = None,
+    base: Literal["required", "optional", "ignored"] = "required",
+    models: tuple[int, int | None] = (1, None),
+    grain: Literal["element", "tensor", "stream"] = "tensor",
+    needs_data: bool = False,
+) -> Callable[[Callable[..., Any]], Method]:
+    """Decorator that registers a merge method under its function's name.
+
+    Args:
+        paper: where the rule comes from, e.g. "arXiv:2306.01708".
+        base: whether a base model is needed, used when given, or ignored.
+        models: least and most number of models besides the base.
+        grain: see the module docstring.
+        needs_data: the method can not run from weights alone; the engine refuses it with a hint.
+
+    Raises: TypeError for annotations that are not a configuration schema; ValueError for a name registered twice.
+    """
+
+    def register(function: Callable[..., Any]) -> Method:
+        hints = get_type_hints(function, include_extras=True)
+        signature = inspect.signature(function)
+        parameters: dict[str, Parameter] = {}
+        takes: Literal["models", "deltas"] = "models"
+        wants_context = False
+        for p in signature.parameters.values():
+            if p.name == "context":
+                wants_context = True
+            elif p.kind is inspect.Parameter.KEYWORD_ONLY:
+                parameter = _parameter(p.name, hints[p.name], p.default)
+                parameters[parameter.name] = parameter
+            elif _space(hints.get(p.name)) == "deltas":
+                takes = "deltas"
+        doc = inspect.getdoc(function) or ""
+        made = Method(
+            name=name or function.__name__,
+            function=function,
+            parameters=parameters,
+            base=base,
+            models=models,
+            grain=grain,
+            takes=takes,
+            gives="delta" if _space(hints.get("return")) == "delta" else "weight",
+            paper=paper,
+            wants_context=wants_context,
+            summary=doc.partition("\n")[0],
+            description=doc,
+            needs_data=needs_data,
+        )
+        if takes == "deltas" and base != "required":
+            raise TypeError(f"{made.name}: deltas need base='required'")
+        if made.name in _registry:
+            raise ValueError(f"method {made.name!r} is registered twice")
+        _registry[made.name] = made
+        return made
+
+    return register
+
+
+def registered() -> dict[str, Method]:
+    return _registry
+
+

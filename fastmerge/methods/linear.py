@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops
+from ._method import Context, Models, PerModel, Weight, method
+
+
+@method(paper="arXiv:2203.05482", base="ignored", grain="element")
+def linear(
+    base: Weight | None, models: Models, *, weight: PerModel[float], normalize: bool = True, context: Context
+) -> Weight:
+    """Weighted average of the models: Σ wᵢ θᵢ, divided by Σ wᵢ when `normalize`."""
+    out: Tensor = ops.weighted_sum(None, models, weight, normalize=normalize, dtype=context.dtype, out=context.out)
+    return out
