@@ -214,7 +214,6 @@ class Op(Generic[P, R]):
         return f"<op {self.name}: {', '.join([*self.backends, REFERENCE])}>"
 
 
-
 def op(*, numerics: str, kind: str) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Decorator: the function is the reference of a new operator of its name.
 

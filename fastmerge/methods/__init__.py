@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from importlib.metadata import entry_points
 
-from ..errors import BadInput
+from ..errors import BadInput, did_you_mean
 from . import linear as _linear
 from . import task_arithmetic as _task_arithmetic
 from ._method import (
@@ -64,6 +63,7 @@ def get(name: str) -> Method:
     _load_entry_points()
     if name in registered():
         return registered()[name]
-    near = difflib.get_close_matches(name, registered(), n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise BadInput(f"unknown merge method {name!r}{hint} (there are: {', '.join(names())})")
+    raise BadInput(
+        f"unknown merge method {name!r}{did_you_mean(name, registered())}",
+        remedy=f"the methods are {', '.join(names())}",
+    )

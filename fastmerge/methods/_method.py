@@ -122,7 +122,9 @@ class Parameter:
             low, high = self.minimum, self.maximum
             if math.isinf(low) and math.isinf(high):
                 raise ValueError(f"{self.name} must be finite, not {value!r}")
-            bounds = f">= {low:g}" if math.isinf(high) else f"<= {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+            bounds = (
+                f">= {low:g}" if math.isinf(high) else f"<= {high:g}" if math.isinf(low) else f"in [{low:g}, {high:g}]"
+            )
             raise ValueError(f"{self.name} must be {bounds}, not {value!r}")
         return int(value) if self.type is int else float(value)
 
@@ -206,7 +208,9 @@ class Method:
         """Recipe parameters as keyword arguments of the function."""
         return {p.argument: parameters[p.name] for p in self.parameters.values()}
 
-    def __call__(self, base: Tensor | None, tensors: Sequence[Tensor], context: Context, parameters: Mapping[str, Any]) -> Tensor:
+    def __call__(
+        self, base: Tensor | None, tensors: Sequence[Tensor], context: Context, parameters: Mapping[str, Any]
+    ) -> Tensor:
         """Merge one tensor or chunk: raw models in, the merged weight out (base added if the method gives a delta)."""
         arguments = self.arguments(parameters)
         if self.wants_context:
@@ -256,7 +260,16 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
     if annotation not in _SCALARS:
         raise TypeError(f"parameter {name}: {annotation!r} is not float, int, bool, str, a Literal or a list of those")
     return Parameter(
-        recipe_name, annotation, per_model, REQUIRED if default is inspect.Parameter.empty else default, low, high, choices, optional, many, text
+        recipe_name,
+        annotation,
+        per_model,
+        REQUIRED if default is inspect.Parameter.empty else default,
+        low,
+        high,
+        choices,
+        optional,
+        many,
+        text,
     )
 
 
@@ -334,5 +347,3 @@ def method(
 
 def registered() -> dict[str, Method]:
     return _registry
-
-
