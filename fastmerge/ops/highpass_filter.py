@@ -1,0 +1,108 @@
+"""highpass_filter: the frequency filter of FR-Merging on every matrix of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch import op
+from ._checks import compute_dtype, require_float, result_like
+from ._spectral_mask import SpectralMask, spectral_mask
+
+
+def _checked(
+    x: Tensor, cutoff: float | None, mask: str, ring_double: bool, dtype: torch.dtype | None, out: Tensor | None
+) -> tuple[Tensor, SpectralMask | None]:
+    """The tensor to fill, and the mask (None for an empty x)."""
+    require_float("highpass_filter", x=x)
+    if x.ndim < 2:
+        raise ValueError(f"highpass_filter: x has shape {tuple(x.shape)}; a matrix or a batch of matrices is needed")
+    height, width = x.shape[-2:]
+    plan = spectral_mask(max(height, 1), max(width, 1), cutoff, mask, bool(ring_double))
+    return result_like("highpass_filter", x, dtype, out), plan if x.numel() else None
+
+
+@op(numerics="B", kind="fft")
+def highpass_filter(
+    x: Tensor,
+    cutoff: float | None = None,
+    *,
+    mask: str = "radial",
+    ring_double: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Removes the low frequencies of every matrix of x: ``out = irfft2(gain · rfft2(x))``.
+
+    Masks, on the bins (ky, kx) of an unshifted spectrum of a [H, W] matrix:
+
+    - ``radial`` (cutoff 0.1): gain 1 where sqrt(fy² + fx²) >= cutoff, f = 2|k|/n so that Nyquist is 1, in float64;
+      the paper's ideal high-pass.
+    - ``disc_min`` (0.7), ``disc_max`` (0.6): gain 1 where d <= cutoff·min(H, W) (max(H, W)), d the float32 distance
+      to index (H//2, W//2), which is Nyquist: what the published code does. Odd sizes make that mask asymmetric; the
+      published code then takes a real part, which is the filter with gain (M(k) + M(-k))/2, and so is this.
+    - ``ring_double`` (disc masks only): bins of the disc with d == min(H, W)//10 exactly get their gain doubled.
+
+    Args:
+        x: [..., H, W].
+        cutoff: None takes the mask's default.
+        dtype: of the result; default x's.
+        out: filled and returned when given; it may be x itself.
+
+    A matrix with a NaN or an Inf becomes NaN as a whole; a mask that keeps every bin with gain 1 returns x unchanged.
+
+    Numerics: class B on the CPU (same bits for any batch, thread count or worker count of one build and CPU type),
+    tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
+    Cost: one real FFT pair, about 5·HW·log2(HW) flops. CPU workspace, in float32: one panel of the spectrum, plus the
+        removed columns where only few columns are touched, plus H·W where `out` is not float32 (README of the op:
+        docs/performance.md).
+    Raises: TypeError for non-float tensors; ValueError for less than two axes, an unknown mask, or a bad cutoff.
+    Source: FREE-Merging (arXiv:2411.16815), eq. 4-5; the published masks as in its code, without its second forward
+        and third inverse transform.
+    """
+    result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
+    if plan is None or plan.touched == 0:
+        return result.copy_(x)
+    compute = compute_dtype(x)
+    gain = plan.gain().to(device=x.device, dtype=compute)
+    value = x.to(compute)
+    filtered = torch.fft.irfft2(torch.fft.rfft2(value) * gain, s=x.shape[-2:])
+    finite = value.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    filtered = torch.where(finite, filtered, torch.nan)
+    if torch.is_grad_enabled() and filtered.requires_grad and out is None:
+        return filtered.to(result.dtype)
+    return result.copy_(filtered)
+
+
+def _noise(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return (torch.randn(shape, generator=g) * 1e-2).to(dtype)
+
+
+def _case(name: str, shape: tuple[int, ...], *dtypes: torch.dtype, **kwargs: object) -> None:
+    highpass_filter.case(name, *dtypes)(lambda g, dtype: ((_noise(g, dtype, *shape),), dict(kwargs)))
+
+
+_case("radial, batch of even matrices", (3, 48, 80))
+_case("radial, odd by odd", (57, 131))
+_case("radial 0.5, tall", (301, 24), cutoff=0.5)
+_case("radial 1.2, wide", (20, 222), cutoff=1.2)
+_case("radial 0 is the identity", (16, 16), torch.float32, torch.bfloat16, cutoff=0.0)
+_case("radial 2 removes everything", (16, 16), torch.float32, cutoff=2.0)
+_case("disc_min, square", (128, 128), mask="disc_min")
+_case("disc_min, tall odd, ring", (211, 64), mask="disc_min", ring_double=True)
+_case("disc_min 0.9, ring only", (100, 100), torch.float32, mask="disc_min", cutoff=0.9, ring_double=True)
+_case("disc_min, wide", (64, 200), mask="disc_min")
+_case("disc_max, odd by even, ring", (101, 90), mask="disc_max", ring_double=True)
+_case("disc_max, smaller than ten, ring", (2, 9, 7), mask="disc_max", ring_double=True)
+_case("large prime factor", (1117, 12), torch.float32)
+_case("one row", (1, 37), torch.float32)
+_case("one column", (37, 1), torch.float32, mask="disc_min", ring_double=True)
+_case("single element", (1, 1), torch.float32)
+_case("empty", (2, 0, 5), torch.float32, torch.bfloat16)
+
+
+@highpass_filter.case("NaN and Inf stay in their matrix", torch.float32, torch.bfloat16)
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    x = _noise(g, dtype, 4, 20, 30)
+    x[1, 3, 4], x[2, 0, 0] = float("nan"), -float("inf")
+    return (x,), {}
