@@ -97,7 +97,7 @@ def _from_foreign(value: Any) -> Any:
         if getattr(getattr(value, "flags", None), "writeable", True) is False:
             value = value.copy()  # numpy refuses to export read-only memory
         return torch.from_dlpack(value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):  # a named tuple holds plain scalars
         return type(value)(_from_foreign(v) for v in value)
     if isinstance(value, dict):
         return {k: _from_foreign(v) for k, v in value.items()}
@@ -173,7 +173,7 @@ class Op(Generic[P, R]):
 
         return register
 
-    def why_not(self, name: str, *args: Any, **kwargs: Any) -> str | None:
+    def why_not(self, name: str, /, *args: Any, **kwargs: Any) -> str | None:
         """None when backend `name` can serve the call, else the reason."""
         if name == REFERENCE:
             return None

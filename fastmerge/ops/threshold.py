@@ -1,0 +1,143 @@
+"""Magnitude thresholds: an exact top-k selection as a rule for one element.
+
+The key of a value is the integer of its absolute value's bits in the compute dtype (float32: ``bits & 0x7fffffff``), every
+NaN counting as one key above Inf. Keys order as magnitudes do, so "the k largest, ties to the lowest index" is a pair
+(key, index), and whether an element is kept depends on that pair and the element alone: any chunk, thread, shard or
+worker decides it the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import compute_dtype, per_model, require_float, require_like
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
+NAN_KEY = {torch.float32: 0x7FC00000, torch.float64: 0x7FF8000000000000}
+
+
+class Threshold(NamedTuple):
+    """Keep element i when ``key(x[i]) > key``, or they are equal and ``i <= index`` (flat index in the whole tensor)."""
+
+    key: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which no one needs
+
+    def shifted(self, offset: int) -> Threshold:
+        """The same rule for elements counted from `offset`: a tensor's own rule out of one for a concatenation."""
+        return Threshold(self.key, self.index - offset)
+
+
+class Window(NamedTuple):
+    """Keep an element that `low` keeps and `high` does not (None keeps everything): a band of magnitudes."""
+
+    low: Threshold | None
+    high: Threshold | None
+
+
+Rule = Threshold | Window | None  # None keeps everything
+KEEP_NONE = Threshold(2**63 - 1, -1)
+
+
+def magnitude_key(x: Tensor) -> Tensor:
+    """int64 keys of a float32 or float64 tensor (16-bit ones are widened first)."""
+    x = x.to(compute_dtype(x))
+    bits = (x.contiguous().view(_BITS[x.dtype]) & _MAGNITUDE[x.dtype]).long()
+    return torch.where(x.isnan(), NAN_KEY[x.dtype], bits)
+
+
+def kept(x: Tensor, rule: Rule, offset: int = 0) -> Tensor:
+    """bool mask of x's shape: the elements a rule keeps, x being elements [offset, offset + numel) of the tensor."""
+    if rule is None:
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    if isinstance(rule, Window):
+        return kept(x, rule.low, offset) & ~kept(x, rule.high or KEEP_NONE, offset)
+    key = magnitude_key(x)
+    index = torch.arange(offset, offset + x.numel(), device=x.device).view(x.shape)
+    return (key > rule.key) | ((key == rule.key) & (index <= rule.index))
+
+
+def require_density(op: str, density: Sequence[float], name: str = "density") -> None:
+    """Raises ValueError unless every density lies in [0, 1]."""
+    for d in density:
+        if not 0.0 <= d <= 1.0:
+            raise ValueError(f"{op}: {name} {d} is not in [0, 1] (it is the fraction that is kept)")
+
+
+def kept_count(density: float, n: int) -> int:
+    """k = int(density · n) in double precision, at least 1 when density > 0 (0 for an empty tensor)."""
+    return min(n, max(1, int(density * n))) if density > 0 and n > 0 else 0
+
+
+def window_counts(density: float, gamma: float, n: int) -> tuple[int, int]:
+    """(k of the low, k of the high threshold): drop the int(gamma·n) largest, keep the next int(density·n).
+
+    Where those are more than n, fewer large ones are dropped. density = 1 keeps everything.
+    """
+    if density >= 1.0:
+        return n, 0
+    keep = int(density * n)
+    top = min(int(gamma * n), n - keep)
+    return keep + top, top
+
+
+def _threshold(key: Tensor, k: int) -> Threshold | None:
+    """The rule that keeps k of the keys [n], by a stable sort: None for all, KEEP_NONE for none."""
+    if k >= key.numel():
+        return None
+    if k == 0:
+        return KEEP_NONE
+    last = int(key.sort(descending=True, stable=True).indices[k - 1])
+    return Threshold(int(key[last]), last)
+
+
+def reference_thresholds(
+    base: Tensor | None, models: Sequence[Tensor], density: Sequence[float], gamma: Sequence[float] | None = None
+) -> list[Rule]:
+    """One rule per model for its delta (or for the model itself without a base), in plain PyTorch."""
+    compute = compute_dtype(*models, *([] if base is None else [base]))
+    rules: list[Rule] = []
+    for i, m in enumerate(models):
+        delta = m.to(compute) if base is None else m.to(compute) - base.to(compute)
+        key = magnitude_key(delta).reshape(-1)
+        if gamma is None:
+            rules.append(_threshold(key, kept_count(density[i], key.numel())))
+            continue
+        low, high = window_counts(density[i], gamma[i], key.numel())
+        rules.append(Window(_threshold(key, low), _threshold(key, high)))
+    return rules
+
+
+def topk_thresholds(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    density: float | Sequence[float],
+    *,
+    gamma: float | Sequence[float] | None = None,
+) -> list[Rule]:
+    """Exact magnitude thresholds of K deltas, reading the base once for all models.
+
+    Args:
+        base: [...] or None (then the models are the deltas).
+        models: K tensors of base's shape; dtypes may differ, deltas are taken in float32 (float64 when an input is).
+        density: fraction kept, one number or one per model; see :func:`kept_count`.
+        gamma: fraction of largest magnitudes to drop first; given, the result holds Windows (:func:`window_counts`).
+
+    Returns: per model a Threshold, a Window when gamma is given, or None when everything is kept.
+    Numerics: class A. Raises: TypeError, ValueError as :func:`fastmerge.ops.consensus_merge`.
+    """
+    if not models:
+        raise ValueError("topk_thresholds: models is empty")
+    if base is not None:
+        require_float("topk_thresholds", base=base)
+    require_like("topk_thresholds", base if base is not None else models[0], models)
+    densities = per_model("topk_thresholds", "density", density, len(models))
+    require_density("topk_thresholds", densities)
+    gammas = None if gamma is None else per_model("topk_thresholds", "gamma", gamma, len(models))
+    if gammas is not None:
+        require_density("topk_thresholds", gammas, "gamma")
+    return reference_thresholds(base, models, densities, gammas)
