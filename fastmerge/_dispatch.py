@@ -26,7 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 REFERENCE = "reference"
 BACKENDS = (REFERENCE, "cpu", "triton", "cuda", "torch", "cupy")
 NUMERICS = ("A", "B", "C")  # docs/numerics.md
-KINDS = ("elementwise", "selection", "reduction", "fft", "assignment")  # picks the tolerance in tests/checks.py
+# Picks the tolerance in tests/checks.py; reduction32: float32 sums reported as float64.
+KINDS = ("elementwise", "selection", "reduction", "reduction32", "fft", "assignment")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastmerge_backend", default=None)
 
@@ -205,6 +206,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
         kind = _foreign_kind((*args, *kwargs.values()))
         if kind is not None:
+            if next(_tensors((*args, *kwargs.values())), None) is not None:
+                kind = None  # tensors with, say, a numpy index: the result is a tensor
             args, kwargs = _from_foreign(args), _from_foreign(kwargs)
         run = self._select(backend or requested_backend(), args, kwargs)
         result = run(*args, **kwargs)

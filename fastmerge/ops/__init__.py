@@ -1,7 +1,13 @@
 """The operators: tensor arithmetic that knows nothing of models. One line each; see the modules for the law."""
 
 from .consensus_merge import consensus_merge
+from .expert_scatter import expert_scatter
+from .fw_lmo import fw_lmo
+from .fw_products import fw_products
+from .fw_step import fw_step
 from .highpass_filter import highpass_filter
+from .permute import permute
+from .permute_merge import permute_merge
 from .random_mask import random_mask
 from .threshold import Threshold, Window, topk_thresholds
 from .topk_mask import topk_mask
@@ -11,7 +17,13 @@ __all__ = [
     "Threshold",
     "Window",
     "consensus_merge",
+    "expert_scatter",
+    "fw_lmo",
+    "fw_products",
+    "fw_step",
     "highpass_filter",
+    "permute",
+    "permute_merge",
     "random_mask",
     "topk_mask",
     "topk_thresholds",

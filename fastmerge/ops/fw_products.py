@@ -1,0 +1,119 @@
+"""fw_products: inner products of one gradient with K candidates, and all norms, in one pass and in any chunking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._dispatch import op
+from ._checks import compute_dtype, require_float, require_like
+
+BLOCK = 65536  # elements summed in float32 before a partial sum is added to a float64 total
+
+
+class FwProducts(NamedTuple):
+    """Sums over the elements seen so far, float64."""
+
+    dots: Tensor  # [K] <g, s_k>
+    sqnorms: Tensor  # [K] |s_k|²; NaN when they were not asked for
+    grad_sqnorm: Tensor  # [] |g|²
+
+
+def prepare(gradient: Tensor, candidates: Sequence[Tensor], carry: FwProducts | None) -> None:
+    if not candidates:
+        raise ValueError("fw_products: candidates is empty")
+    require_float("fw_products", gradient=gradient)
+    require_like("fw_products", gradient, candidates, "candidates")
+    if carry is not None and carry.dots.shape != (len(candidates),):
+        raise ValueError(f"fw_products: carry is of {carry.dots.numel()} candidates, expected {len(candidates)}")
+
+
+def block_sums(x: Tensor) -> Tensor:
+    """[ceil(n / 65536)] sums of blocks: pairs are added in a fixed tree, whatever the number of threads."""
+    blocks = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    while blocks.shape[1] > 1:
+        blocks = blocks[:, ::2] + blocks[:, 1::2]
+    return blocks.view(-1)
+
+
+def total(x: Tensor, start: float = 0.0) -> float:
+    """`start` plus the block sums of x, added in index order in float64."""
+    for s in block_sums(x).tolist():
+        start += s
+    return start
+
+
+@op(numerics="B", kind="reduction32")
+def fw_products(
+    gradient: Tensor, candidates: Sequence[Tensor], *, norms: bool = True, carry: FwProducts | None = None
+) -> FwProducts:
+    """The products a Frank-Wolfe step needs of one tensor: ⟨g, s_k⟩, ‖s_k‖² and ‖g‖² for K candidates.
+
+    A tensor may be fed in pieces: ``carry`` is the result so far, and pieces that start at multiples of 65536 elements
+    give the same bits as the whole tensor at once.
+
+    Args:
+        gradient: [...] any shape.
+        candidates: K >= 1 tensors of its shape and device; dtypes may differ.
+        norms: False leaves ‖s_k‖² out (NaN) where it is known already.
+        carry: sums over the elements before these.
+
+    Numerics: class B. Products and sums over blocks of 65536 elements in float32 (float64 when an input is) in a fixed
+        order; block sums are added to float64 totals in index order.
+    Cost: gradient and candidates are read once; (4K + 2)·N flops with norms.
+    Raises: TypeError, ValueError for no candidate, non-float tensors, shapes or devices that differ.
+    Source: FW-Merging (arXiv:2503.12649), alg. 1 (linear minimisation oracle).
+    """
+    prepare(gradient, candidates, carry)
+    compute = compute_dtype(gradient, *candidates)
+    g = gradient.to(compute)
+    if carry is None:
+        carry = FwProducts(
+            torch.zeros(len(candidates), dtype=torch.float64),
+            torch.full((len(candidates),), 0.0 if norms else float("nan"), dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64),
+        )
+    dots = [total(g * s.to(compute), t) for s, t in zip(candidates, carry.dots.tolist(), strict=True)]
+    squares = carry.sqnorms.tolist()
+    if norms:
+        squares = [total(s.to(compute).square(), t) for s, t in zip(candidates, squares, strict=True)]
+    return FwProducts(
+        torch.tensor(dots, dtype=torch.float64, device=gradient.device),
+        torch.tensor(squares, dtype=torch.float64, device=gradient.device),
+        torch.tensor(total(g * g, carry.grad_sqnorm.item()), dtype=torch.float64, device=gradient.device),
+    )
+
+
+def _inputs(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int):  # type: ignore[no-untyped-def]
+    gradient, *candidates = (torch.randn(shape, generator=g).to(dtype) for _ in range(count + 1))
+    return (gradient, candidates), {}
+
+
+@fw_products.case("three candidates, odd size")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _inputs(g, dtype, (131, 257), 3)
+
+
+@fw_products.case("more than one block")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _inputs(g, dtype, (2 * BLOCK + 77,), 2)
+
+
+@fw_products.case("float32 gradient, other candidates", torch.bfloat16, torch.float16, torch.float64)
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    (gradient, candidates), kwargs = _inputs(g, torch.float32, (33, 40), 9)
+    return (gradient, [c.to(dtype) for c in candidates]), kwargs
+
+
+@fw_products.case("without norms, 0-d")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    args, _ = _inputs(g, dtype, (), 2)
+    return args, {"norms": False}
+
+
+@fw_products.case("empty")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _inputs(g, dtype, (0, 3), 2)

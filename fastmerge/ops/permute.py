@@ -1,0 +1,130 @@
+"""permute: gather any axes of a tensor by permutations, whole blocks included; in place when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._dispatch import op
+from ._checks import require_float, result_like
+from ._permutations import Perms, as_lists, gather, normalize, require_bijection, where
+
+
+def prepare(
+    op: str, x: Tensor, perms: Perms, out: Tensor | None, group: str, name: str, check: bool
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Validated permutations of x's axes, and the tensor to fill."""
+    require_float(op, **{f"tensor {name!r}" if name else "x": x})
+    found = normalize(op, x.shape, perms, group, name)
+    if check:
+        for axis, index in found.items():
+            require_bijection(index, where(op, group, name, axis))
+    return found, result_like(op, x, None, out)
+
+
+@op(numerics="A", kind="selection")
+def permute(
+    x: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    check: bool = True,
+    group: str = "",
+    names: str | Sequence[str] = "",
+) -> Tensor | list[Tensor]:
+    """Reorders the slices of a tensor along any of its axes.
+
+    ``out[i, j, …] = x[perm₀[i], perm₁[j], …]`` over the axes in `perms`; the other axes stay.
+
+    Args:
+        x: [...] any shape, or a list of tensors (one launch for all of them).
+        perms: {axis: index}; index is a permutation of 0 … n−1 as an int64 or int32 tensor, or a sequence of ints. With
+            n = size of the axis it moves slices; with n a proper divisor it moves n blocks of equal size (attention
+            heads). Negative axes count from the end. For a list of tensors: one mapping, or one per tensor.
+        out: filled and returned when given; `out=x` reorders in place.
+        check: whether each index is verified to be a permutation (O(n); on a GPU one kernel and one synchronisation).
+        group, names: of the permutation group and the tensor(s), for error messages.
+
+    Numerics: class A: bits are copied.
+    Cost: one read and one write of N elements and of the indices, no workspace; in place, a row along the last axis
+        and one slice per cycle segment along the others.
+    Raises: TypeError for non-float tensors or a non-integer index; ValueError for an axis out of range or given twice,
+        an index of a wrong length, or one that is not a permutation (naming group, tensor, axis and entry).
+    Source: Git Re-Basin (arXiv:2209.04836); MuDSC (arXiv:2403.01753), sec. 3.
+    """
+    (xs, outs), many, labels = as_lists("permute", (x, out), perms, names)
+    results = []
+    for t, o, p, name in zip(xs, outs, many, labels, strict=True):
+        assert t is not None
+        found, result = prepare("permute", t, p, o, group, name, check)
+        moved = gather(t, found)
+        differentiable = torch.is_grad_enabled() and moved.requires_grad and o is None
+        results.append((moved.clone() if moved is t else moved) if differentiable else result.copy_(moved))
+    return results[0] if isinstance(x, Tensor) else results
+
+
+def _case(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], **perms: int):  # type: ignore[no-untyped-def]
+    """A random tensor and random permutations: axis name "a<axis>" -> number of slices or blocks."""
+    x = torch.randn(shape, generator=g).to(dtype)
+    return (x, {int(k[1:]): torch.randperm(n, generator=g) for k, n in perms.items()}), {}
+
+
+@permute.case("rows of a matrix")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (70, 264), a0=70)
+
+
+@permute.case("columns of a matrix, odd size")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (37, 131), a1=131)
+
+
+@permute.case("rows and columns")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (129, 96), a0=129, a1=96)
+
+
+@permute.case("convolution, both channel axes")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (24, 17, 3, 3), a0=24, a1=17)
+
+
+@permute.case("heads as blocks, and input columns")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (96, 40), a0=12, a1=40)
+
+
+@permute.case("rank 5, first, middle and last axes")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (3, 4, 5, 2, 7), a0=3, a2=5, a4=7)
+
+
+@permute.case("bias")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (257,), a0=257)
+
+
+@permute.case("no axis, 0-d")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, ())
+
+
+@permute.case("empty")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return _case(g, dtype, (0, 6), a1=6)
+
+
+@permute.case("int32 index, special values, negative axis")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    x = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), 1e-40, -65504.0]] * 2).to(dtype)
+    return (x, {-1: torch.randperm(6, generator=g).int()}), {}
+
+
+@permute.case("a group of tensors in one call")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    shared, heads = torch.randperm(48, generator=g), torch.randperm(6, generator=g)
+    shapes = [(48, 33), (48,), (20, 48), (7, 48, 3)]
+    xs = [torch.randn(s, generator=g).to(dtype) for s in shapes]
+    return (xs, [{0: shared}, {0: heads}, {1: shared}, {1: shared}]), {"group": "p", "names": ["a", "b", "c", "d"]}

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from fastmerge.ops import fw_step
+
+
+def test_golden_table():
+    theta, s = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    assert fw_step([theta], [s], 0.25) is None
+    assert theta.tolist() == [1.5, 1.0]
+    fw_step([theta], [None], 0.5)
+    assert theta.tolist() == [0.75, 0.5]
+
+
+def test_products_of_the_step():
+    theta, s, g = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0]), torch.tensor([1.0, 1.0])
+    other = torch.zeros(3)
+    got = fw_step([theta, other], [s, None], [0.25, 1.0], gradients=[g, torch.ones(3)])
+    assert got.tolist() == [[-2.0, 20.0], [0.0, 0.0]]
+    assert theta.tolist() == [1.5, 1.0]
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_low_precision_is_refused_with_the_reason(backend):
+    theta = torch.zeros(2).bfloat16()
+    with pytest.raises(TypeError, match="allow_low_precision"):
+        fw_step([theta], [theta], 0.1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_bad_input_changes_nothing(backend):
+    theta = torch.zeros(2)
+    with pytest.raises(ValueError, match="1 params, 2 vertices"):
+        fw_step([theta], [theta, theta], 0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"tensor 1 of vertices\[0\] has shape"):
+        fw_step([theta, torch.zeros(3)], [torch.ones(2), torch.zeros(4)], 0.1, backend=backend)
+    with pytest.raises(ValueError, match="2 entries for 1"):
+        fw_step([theta], [torch.ones(2)], [0.1, 0.2], backend=backend)
+    assert theta.tolist() == [0, 0]

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from checks import assert_same_bits
+
+from fastmerge.ops import permute, permute_merge, weighted_sum
+
+
+def test_golden_table():
+    base, other = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    assert permute_merge(base, other, {0: [1, 0]}).tolist() == [[15.5, 21.0], [6.5, 12.0]]
+    assert permute_merge(base, other, {1: [1, 0]}, 0.25).tolist() == [[5.75, 4.0], [12.25, 10.5]]
+    assert permute_merge(base, other, {}, 1.0).tolist() == other.tolist()
+
+
+def test_equals_the_two_steps():
+    g = torch.Generator().manual_seed(0)
+    base, other = torch.randn(64, 48, generator=g), torch.randn(64, 48, generator=g)
+    perms = {0: torch.randperm(64, generator=g), 1: torch.randperm(6, generator=g)}
+    want = weighted_sum(None, [base, permute(other, perms)], [1 - 0.3, 0.3])
+    assert_same_bits(permute_merge(base, other, perms, 0.3), want)
+
+
+def test_many_models_into_a_float32_running_mean():
+    g = torch.Generator().manual_seed(0)
+    models = [torch.randn(33, generator=g).bfloat16() for _ in range(3)]
+    perms = [torch.randperm(33, generator=g) for _ in range(2)]
+    mean = permute_merge(models[0], models[1], {0: perms[0]}, 1 / 2, dtype=torch.float32)
+    assert permute_merge(mean, models[2], {0: perms[1]}, 1 / 3, out=mean) is mean
+    want = (models[0].double() + models[1][perms[0]].double() + models[2][perms[1]].double()) / 3
+    torch.testing.assert_close(mean.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_bad_input_is_named(backend):
+    a, b = torch.zeros(3), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"other\[0\] has shape \(4,\)"):
+        permute_merge(a, b, {}, backend=backend)
+    with pytest.raises(ValueError, match="but not other"):
+        permute_merge(a, other := torch.zeros(3), {0: [2, 1, 0]}, out=other, backend=backend)
+    with pytest.raises(ValueError, match="tensor 'fc', axis 0: not a permutation"):
+        permute_merge(a, torch.zeros(3), {0: [1, 1, 0]}, names="fc", backend=backend)
