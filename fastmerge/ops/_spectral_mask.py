@@ -30,16 +30,19 @@ class SpectralMask:
         T = 1, or 2 where an odd size makes the published mask differ from its mirror image: the real part of the
         filtered matrix is then what the mean of the two gives. An empty interval is (0, 0).
     ring: int32 [R, 2], (row, column) of bins of the half spectrum whose gain is raised; usually empty.
-    touched: the half-spectrum columns from here on have gain 1 in every row; 0 where the mask is the identity.
-    empty: every gain is 0.
+    columns: int32 [C], ascending: the half-spectrum columns that hold a gain other than 1; none for an identity.
     """
 
     height: int
     width: int
     bounds: Tensor
     ring: Tensor
-    touched: int
-    empty: bool
+    columns: Tensor
+
+    @functools.cached_property
+    def intervals(self) -> tuple[Tensor, Tensor]:
+        """bounds as two contiguous int32 [T, H] tensors."""
+        return self.bounds[..., 0].contiguous(), self.bounds[..., 1].contiguous()
 
     def gain(self) -> Tensor:
         """float64 [H, W // 2 + 1]: the definition above, spelled out."""
@@ -162,14 +165,11 @@ def spectral_mask(height: int, width: int, cutoff: float | None, mask: str, ring
     # Clipped to the half spectrum an interval [low, high) leaves out the columns below low and those from high on.
     left_out = np.where(tables[..., 1] < end, end, tables[..., 0])
     left_out = np.where(tables[..., 0] >= np.minimum(tables[..., 1], end), end, left_out)
-    touched = int(left_out.max())
-    if len(ring):
-        touched = max(touched, int(ring[:, 1].max()) + 1)
+    columns = np.union1d(np.arange(left_out.max()), ring[:, 1])
     return SpectralMask(
         height=height,
         width=width,
         bounds=torch.from_numpy(np.ascontiguousarray(tables, np.int32)),
         ring=torch.from_numpy(ring.astype(np.int32)),
-        touched=touched,
-        empty=bool((tables[..., 0] >= np.minimum(tables[..., 1], end)).all()) and not len(ring),
+        columns=torch.from_numpy(columns.astype(np.int32)),
     )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import assert_close
+from checks import assert_close, check_op
 
 from fastmerge.ops import highpass_filter
 from fastmerge.ops._spectral_mask import spectral_mask
@@ -147,3 +147,7 @@ def test_gradient_of_the_reference():
 def test_bad_input_is_named(args, kwargs, match, backend):
     with pytest.raises((ValueError, TypeError), match=match):
         highpass_filter(*args, backend=backend, **kwargs)
+
+
+def test_backends_agree_with_the_reference():
+    assert check_op(highpass_filter, backends=["cpu"]) >= 100
