@@ -216,7 +216,7 @@ class Recipe(_Strict):
             problems = [_problem(e, marks) for e in error.errors(include_url=False)]
             raise BadInput.collect(problems, "the recipe") from None
         recipe._marks = marks
-        _ = recipe.compiled
+        recipe.base_model = recipe.compiled.base  # mergekit also takes it from the slices
         return recipe
 
     # ---- asking it
@@ -234,7 +234,7 @@ class Recipe(_Strict):
     @property
     def base(self) -> ModelRef | None:
         """The base model, if one is named."""
-        return self.compiled.base
+        return self.base_model
 
     @property
     def inputs(self) -> tuple[ModelRef, ...]:
