@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, per_model, require_float, require_like, result_like
 
@@ -116,6 +116,15 @@ def _weighted_sum_cpu(
         scale,
         _native.threads(),
     )
+    return dense if dense is result else result.copy_(dense)
+
+
+@weighted_sum.backend("triton", when=lambda base, models, weight, **_: _triton.why_not(base, *models))
+def _weighted_sum_triton(base, models, weight, *, normalize=False, scale=1.0, dtype=None, out=None):  # type: ignore[no-untyped-def]
+    weights, divisor = _scalars(base, models, weight, normalize)
+    result = result_like("weighted_sum", base if base is not None else models[0], dtype, out)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
+    _triton.kernel("weighted_sum")(base, models, weights, divisor if normalize else None, scale, dense)
     return dense if dense is result else result.copy_(dense)
 
 

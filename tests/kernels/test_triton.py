@@ -1,0 +1,145 @@
+"""The Triton kernels on a machine without a GPU: interpreted against the references, and compiled for real targets.
+
+Both happen in processes of their own, started together: the interpreter has to be chosen before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import triton_aot
+from kernels.occupancy import occupancy
+
+from fastmerge import _triton
+from fastmerge._dispatch import BackendUnavailable
+from fastmerge.ops import weighted_sum
+
+HERE = Path(__file__).parent
+STREAMING = ("weighted_sum",)  # kernels bound by memory: occupancy matters
+TIMEOUT = 900  # seconds; a hang must end, a loaded machine may be slow
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "FASTMERGE_BACKEND", "PYTEST"))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment["OMP_NUM_THREADS"] = "1"
+
+    def start(command: list[str], name: str, **extra: str) -> subprocess.Popen[str]:
+        with (folder / name).open("w") as out:
+            return subprocess.Popen(
+                [sys.executable, *command], cwd=HERE.parent.parent, env=environment | extra,
+                stdout=out, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+
+    running = {
+        "aot": start([str(HERE / "triton_aot.py"), "--out", str(folder / "table.json")], "aot",
+                     TRITON_CACHE_DIR=str(folder / "cache")),
+        "interpreted": start(["-m", "pytest", "-q", str(HERE / "triton_interpreted")], "interpreted",
+                             TRITON_INTERPRET="1"),
+    }  # fmt: skip
+
+    def finish(name: str) -> tuple[int, str]:
+        code = running[name].wait(TIMEOUT)
+        return code, (folder / name).read_text()
+
+    yield folder, finish
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+def test_kernels_agree_with_the_references_in_the_interpreter(processes):
+    code, output = processes[1]("interpreted")
+    assert code == 0, output
+    passed = re.search(r"(\d+) passed", output)
+    assert passed, output
+    assert int(passed[1]) >= 28
+    assert "skipped" not in output, output
+
+
+@pytest.fixture(scope="module")
+def table(processes):
+    folder, finish = processes
+    code, output = finish("aot")
+    assert code == 0, output
+    return json.loads((folder / "table.json").read_text())
+
+
+def test_no_kernel_got_worse(table):
+    committed = json.loads(triton_aot.TABLE.read_text())
+    assert table["triton"] == committed["triton"], "another Triton: write the table anew and read the difference"
+    assert triton_aot.compare(table, committed) == []
+
+
+@pytest.mark.parametrize("target", triton_aot.TARGETS)
+def test_resources_of_every_kernel(table, target):
+    for name, row in table[target].items():
+        kernel = name.rpartition(" / ")[2]
+        assert row["spills"] == 0, name
+        assert row["occupancy"] > 0, f"{name} asks for {row['shared']} bytes of shared memory"
+        if kernel.startswith(STREAMING):
+            assert row["occupancy"] >= 0.5, (name, row)
+            assert row["wide_loads"] > 0, (name, row)
+            assert row["wide_stores"] > 0, (name, row)
+        if "fma" in row and "normalised" not in name:  # a division is made of them, and is IEEE all the same
+            assert row["fma"] == 0, f"{name}: class A forbids contraction"
+
+
+def test_a_worse_row_is_seen():
+    row = {"registers": 40, "spills": 0, "shared": 0, "wide_loads": 4, "wide_stores": 1, "occupancy": 0.75}
+    assert triton_aot.worse(row, row) == []
+    assert triton_aot.worse(row | {"registers": 41, "spills": 2}, row) == ["registers 40 -> 41", "spills 0 -> 2"]
+    assert triton_aot.worse(row | {"wide_loads": 3, "occupancy": 0.5}, row) == ["wide_loads 4 -> 3", "occupancy 0.75 -> 0.5"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "want"),
+    [
+        (90, 32, 0, 128, 1.0),  # 65536 / (32 * 32) = 64 warps
+        (90, 64, 0, 128, 0.5),
+        (120, 40, 0, 128, 1.0),  # 48 warps of 1280 registers fit
+        (90, 32, 100 * 1024, 128, 8 / 64),  # two blocks of 101 KiB
+        (120, 32, 128 * 1024, 256, 0.0),  # more than a block may have
+        (80, 255, 0, 256, 8 / 64),  # one block of 8 warps of 8192 registers
+    ],
+)
+def test_occupancy_rules(arch, registers, shared, threads, want):
+    assert occupancy(arch, registers, shared, threads) == want
+
+
+def test_the_reason_names_the_remedy_on_a_machine_without_a_gpu():
+    x = torch.zeros(3)
+    reason = weighted_sum.why_not("triton", x, [x], 1.0)
+    assert "TRITON_INTERPRET=1" in reason
+    assert "on cpu" in reason
+    assert "triton: a tensor is on cpu" in str(weighted_sum.explain(x, [x], 1.0))
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
+        weighted_sum(x, [x], 1.0, backend="triton")
+
+
+def test_the_reason_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    _triton._load.cache_clear()
+    try:
+        assert "pip install 'fastmerge[triton]'" in _triton.why_not(torch.zeros(1))
+    finally:
+        _triton._load.cache_clear()
+
+
+def test_kernel_files_import_without_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None; import importlib, pkgutil, fastmerge.triton_kernels as t\n"
+        "names = [m.name for m in pkgutil.iter_modules(t.__path__)]\n"
+        "[importlib.import_module(f'fastmerge.triton_kernels.{n}') for n in names]; print(len(names))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 3

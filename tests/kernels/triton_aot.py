@@ -1,0 +1,180 @@
+"""Compiles every Triton kernel for real GPUs on a machine without one, and reads what the compiler gave.
+
+The launchers themselves run, on small CPU tensors, under a driver that claims a GPU: so what is compiled is what would
+be launched, with the same specialisations and options. Each row says registers, spills, shared memory, 128-bit loads
+and stores, and theoretical occupancy. The committed table is triton_resources.json:
+
+    python tests/kernels/triton_aot.py            # check against it: exit code 1 where a kernel got worse
+    python tests/kernels/triton_aot.py --write    # replace it, after reading the difference
+    python tests/kernels/triton_aot.py --out F    # only write the present table to F
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TABLE = HERE / "triton_resources.json"
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "sm_120": ("cuda", 120, 32), "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+MEMORY = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)[A-Z0-9_.]*)", re.M)
+
+
+class Driver:
+    """What Triton asks of a driver while compiling. Nothing can be launched through it."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.binary_ext = "cubin" if target.backend == "cuda" else "hsaco"
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return [t[1] for t in TARGETS.values()].index(self.target.arch)  # Triton keeps one backend per device number
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
+    """Within the block every launch compiles for `target` instead; yields (kernel name, compiled kernel) pairs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(Driver(GPUTarget(*TARGETS[target])))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = None
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def nvidia_row(kernel: Any, arch: int) -> dict[str, Any]:
+    from kernels.occupancy import occupancy
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True)
+        sass = subprocess.run([_tool("nvdisasm"), "-c", f.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found, f"cuobjdump printed no resource usage: {usage.stdout}{usage.stderr}"
+    memory = MEMORY.findall(sass)
+    assert memory, "nvdisasm printed no memory instruction"
+    registers, shared = int(found[1]), int(kernel.metadata.shared)
+    return {
+        "registers": registers,
+        "spills": sum(i.startswith(("LDL", "STL")) for i in memory) + int(found[4]),
+        "shared": shared,
+        "wide_loads": sum(i.startswith("LDG") and ".128" in i for i in memory),
+        "wide_stores": sum(i.startswith("STG") and ".128" in i for i in memory),
+        "fma": len(re.findall(r"\b[FD]FMA", sass)),
+        "occupancy": round(occupancy(arch, registers, shared, kernel.metadata.num_warps * 32), 3),
+    }
+
+
+def amd_row(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, f"no {name} in the AMD assembly"
+        return int(found[1])
+
+    registers = number("vgpr_count")
+    return {
+        "registers": registers,
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "shared": number("group_segment_fixed_size"),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+        # gfx942: 512 vector registers a SIMD lane, allocated by 8, at most 8 waves.
+        "occupancy": round(min(8, 512 // (-(-registers // 8) * 8)) / 8, 3),
+    }
+
+
+def rows(target: str) -> dict[str, dict[str, Any]]:
+    """The table's rows of one target: {scenario / kernel: resources}."""
+    from kernels.triton_scenarios import SCENARIOS
+
+    backend, arch, _ = TARGETS[target]
+    found: dict[str, Any] = {}
+    with compiling(target) as compiled:
+        for scenario, launch in SCENARIOS.items():
+            launch()
+            for name, kernel in compiled:
+                found.setdefault(f"{scenario} / {name}", kernel)
+            compiled.clear()
+    with ThreadPoolExecutor(2) as pool:
+        read = (lambda k: nvidia_row(k, arch)) if backend == "cuda" else amd_row
+        return dict(zip(found, pool.map(read, found.values()), strict=True))
+
+
+def worse(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    """In which respects a row is worse than the committed one."""
+    grows = [k for k in ("registers", "spills", "shared") if new[k] > old[k]]
+    shrinks = [k for k in ("wide_loads", "wide_stores", "occupancy") if new[k] < old[k]]
+    return [f"{k} {old[k]} -> {new[k]}" for k in grows + shrinks]
+
+
+def compare(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    bad = []
+    for target in TARGETS:
+        if set(table[target]) != set(committed[target]):
+            bad.append(f"{target}: the kernels are not those of the committed table: write it anew")
+            continue
+        for name, row in table[target].items():
+            if reasons := worse(row, committed[target][name]):
+                bad.append(f"{target} {name}: {', '.join(reasons)}")
+    return bad
+
+
+def main(argv: list[str]) -> int:
+    import triton
+
+    table = {"triton": triton.__version__, **{t: rows(t) for t in TARGETS}}
+    if "--write" in argv:
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        return 0
+    if "--out" in argv:
+        Path(argv[argv.index("--out") + 1]).write_text(json.dumps(table))
+        return 0
+    bad = compare(table, json.loads(TABLE.read_text()))
+    print("\n".join(bad) or "no kernel got worse")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        os.environ.pop("TRITON_INTERPRET", None)
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""The launches that are compiled for real GPUs: every kernel, in the dtypes users have, at sizes that divide by nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastmerge import _triton
+
+SCENARIOS: dict[str, Callable[[], object]] = {}
+ODD = 4099
+
+
+def scenario(name: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
+    def register(f: Callable[[], object]) -> Callable[[], object]:
+        SCENARIOS[name] = f
+        return f
+
+    return register
+
+
+def tensors(count: int, dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
+    return [torch.zeros(shape or (ODD,), dtype=dtype) for _ in range(count)]
+
+
+@scenario("weighted_sum bf16, base and 4 models, normalised")
+def _() -> object:
+    base, out, *models = tensors(6, torch.bfloat16)
+    return _triton.kernel("weighted_sum")(base, models, [0.3] * 4, 1.2, 0.5, out)
+
+
+@scenario("weighted_sum bf16, base and 8 models, normalised")
+def _() -> object:
+    base, out, *models = tensors(10, torch.bfloat16)
+    return _triton.kernel("weighted_sum")(base, models, [0.3] * 8, 2.4, 0.5, out)
+
+
+@scenario("weighted_sum fp32, 4 models")
+def _() -> object:
+    out, *models = tensors(5, torch.float32)
+    return _triton.kernel("weighted_sum")(None, models, [0.3] * 4, None, 1.0, out)
+
+
+@scenario("weighted_sum fp64, base and 2 models, normalised")
+def _() -> object:
+    base, out, *models = tensors(4, torch.float64)
+    return _triton.kernel("weighted_sum")(base, models, [0.3] * 2, 0.6, 0.5, out)
+
+
+@scenario("weighted_sum bf16, many tensors")
+def _() -> object:
+    jobs = []
+    for _ in range(3):
+        base, out, *models = tensors(5, torch.bfloat16)
+        jobs.append((base, models, [0.3] * 3, None, 1.0, out))
+    return _triton.kernel("weighted_sum", "weighted_sum_many")(jobs)
