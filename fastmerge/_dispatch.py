@@ -29,6 +29,7 @@ NUMERICS = ("A", "B", "C")  # docs/numerics.md
 # Picks the tolerance in tests/checks.py; reduction32: float32 sums reported as float64.
 KINDS = ("elementwise", "selection", "reduction", "reduction32", "fft", "assignment")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_recorders: list[dict[str, str]] = []
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastmerge_backend", default=None)
 
 
@@ -68,6 +69,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[dict[str, str]]:
+    """Yields a dict that collects, from all threads, the backend each operator last ran on."""
+    record: dict[str, str] = {}
+    _recorders.append(record)
+    try:
+        yield record
+    finally:
+        _recorders.remove(record)
 
 
 def requested_backend() -> str | None:
@@ -197,11 +209,12 @@ class Op(Generic[P, R]):
             reason = self.why_not(requested, *args, **kwargs)
             if reason is not None:
                 raise BackendUnavailable(f"{self.name}: backend {requested!r} can not run this call: {reason}")
-            return self.reference if requested == REFERENCE else self.backends[requested].run
-        for name, backend in self.backends.items():
-            if self.why_not(name, *args, **kwargs) is None:
-                return backend.run
-        return self.reference
+            chosen = requested
+        else:
+            chosen = next((n for n in self.backends if self.why_not(n, *args, **kwargs) is None), REFERENCE)
+        for record in _recorders:
+            record[self.name] = chosen
+        return self.reference if chosen == REFERENCE else self.backends[chosen].run
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
         kind = _foreign_kind((*args, *kwargs.values()))

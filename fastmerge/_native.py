@@ -5,9 +5,12 @@ The module has no torch header: kernels take addresses, sizes and strides as int
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -45,8 +48,25 @@ def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+_limit = threading.local()
+
+
+@contextlib.contextmanager
+def limit_threads(count: int) -> Iterator[None]:
+    """Within the block, kernels called from this thread use at most `count` threads."""
+    before = getattr(_limit, "count", None)
+    _limit.count = count
+    try:
+        yield
+    finally:
+        _limit.count = before
+
+
 def threads() -> int:
     """Threads a kernel may use: torch's intra-op setting, at most the CPUs this process may run on."""
+    limit = getattr(_limit, "count", None)
+    if limit is not None:
+        return int(limit)
     return max(1, min(torch.get_num_threads(), _affinity()))
 
 

@@ -6,8 +6,6 @@ import functools
 from importlib.metadata import entry_points
 
 from ..errors import BadInput, did_you_mean
-from . import linear as _linear
-from . import task_arithmetic as _task_arithmetic
 from ._method import (
     REQUIRED,
     Context,
@@ -25,6 +23,8 @@ from ._method import (
     method,
     registered,
 )
+from .linear import linear
+from .task_arithmetic import task_arithmetic
 
 __all__ = [
     "REQUIRED",
@@ -41,8 +41,10 @@ __all__ = [
     "TensorStream",
     "Weight",
     "get",
+    "linear",
     "method",
     "names",
+    "task_arithmetic",
 ]
 
 

@@ -1,0 +1,377 @@
+"""The engine: streams checkpoints through a method. :func:`run` for recipes and folders, :func:`merge` for Python.
+
+Headers are read and everything that can be wrong is checked; the output is laid out; then every tensor goes through
+fit, scan and apply (see :mod:`fastmerge.methods._method`) chunk by chunk, into its place in the output.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._dispatch import record_backends
+from .card import write_card
+from .errors import BadInput, Interrupted
+from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.journal import fingerprint
+from .io.pipeline import Files, Pool, Stream, chunk_elements, opened
+from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
+from .methods import Context, Method
+from .methods import get as get_method
+from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
+from .recipe import Recipe
+from .report import Clock, Report, TensorReport, peak_rss
+
+Progress = Callable[[int, int, str], None]
+NAN_POLICIES = ("error", "warn", "allow")
+
+
+class Job:
+    """One merge: planned tensors, a method, and the passes over them. Knows nothing of where results go."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        pool: Pool,
+        files: Files,
+        *,
+        nan: str = "error",
+        max_memory: int | None = None,
+        ignore_extra: bool = False,
+    ) -> None:
+        if nan not in NAN_POLICIES:
+            raise BadInput(f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}")
+        self.recipe, self.method, self.base, self.models = recipe, method, base, list(models)
+        self.pool, self.files, self.nan = pool, files, nan
+        self.nonfinite: dict[str, int] = {}
+        self.seed = recipe.seed
+        plans = recipe.resolve(base.names(), config=base.config())
+        problems = check_names(base, models, sliced=recipe.sliced, ignore_extra=ignore_extra)
+        give_base = method.base == "required" or (method.base == "optional" and recipe.base_model is not None)
+        self.planned, more = [], []
+        if not problems:
+            self.planned, more = plan_tensors(
+                plans, base, models, files, give_base=give_base, dtype=recipe.output_dtype
+            )
+            more += [p for t in self.planned if t.copied and not more and (p := check_equal(t)) is not None]
+        raise_all(problems + more, "the inputs")
+        merged = [t for t in self.planned if not t.copied]
+        widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
+        try:
+            self.chunk = chunk_elements(len(models) + 2, max(widest, 4), pool.workers, max_memory)
+        except ValueError as error:
+            raise BadInput(
+                f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
+            ) from error
+        passes = 1 + (method.scan_pass is not None) + (method.fit_pass is not None)
+        self.total_bytes = sum(
+            passes * sum(s.nbytes for s in [*t.models, *([t.base] if t.base else [])]) + t.numel * t.dtype.itemsize
+            for t in merged
+        )
+
+    def stream(self, tensor: Planned, put: Callable[[int, Tensor], None], *, check: bool) -> Stream:
+        def inspect(label: str, offset: int, chunk: Tensor) -> None:
+            count = _count_nonfinite(chunk)
+            if count:
+                self._found_nonfinite(label, tensor.name, offset, chunk, count)
+
+        return Stream(
+            tensor.name, tensor.base, tensor.models,
+            parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start, chunk=self.chunk, pool=self.pool,
+            put=put, inspect=inspect if check and self.nan != "allow" else None,
+        )  # fmt: skip
+
+    def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
+        key = f"{label}: {name}"
+        self.nonfinite[key] = self.nonfinite.get(key, 0) + count
+        if self.nan == "error":
+            first = offset + int((~torch.isfinite(chunk.reshape(-1))).nonzero()[0])
+            raise BadInput(
+                f"tensor {name!r} has NaN or Inf (first at flat index {first})",
+                where=label,
+                remedy="repair the model, or go on with --resume --nan warn (NaN then follows IEEE arithmetic)",
+            )
+
+    def fit(self) -> Any:
+        """The method's pass over all tensors, or None."""
+        if self.method.fit_pass is None:
+            return None
+        streams = (self.stream(t, _nowhere, check=False) for t in self.planned if not t.copied)
+        return self.method.fit_pass(streams, self.seed)
+
+    def apply(
+        self, tensor: Planned, plan: Any, put: Callable[[int, Tensor], None], place: Callable[[int, int], Tensor]
+    ) -> None:
+        """Merge one tensor: scan it if the method asks for it, then apply chunk by chunk or whole.
+
+        place(begin, end) gives the buffer a chunk's result may be written to; put(begin, values) stores it.
+        """
+        stream = self.stream(tensor, put, check=True)
+        method, parameters = self.method, tensor.plan.parameters
+        context = Context(
+            name=tensor.name,
+            shape=tensor.reference.shape,
+            start=tensor.start,
+            seed=self.seed,
+            dtype=tensor.dtype,
+            plan=plan,
+        )
+        if stream.numel == 0:
+            return
+        if method.scan_pass is not None:
+            context.state = method.scan_pass(stream, plan)
+        if method.grain == "stream":
+            method.function(stream, context=context, **method.arguments(parameters))
+        elif method.grain == "element":
+
+            def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+                here = copy.copy(context)
+                here.offset, here.out = offset, place(offset, offset + models[0].numel())
+                stream.put(offset, method(base, models, here, parameters).reshape(-1))
+
+            stream.for_each(visit)
+        else:
+            base, models = stream.whole()
+            stream.emit(method(base, models, context, parameters))
+
+
+def _nowhere(offset: int, values: Tensor) -> None:
+    raise RuntimeError("a fit or scan pass can not emit results")
+
+
+def _count_nonfinite(chunk: Tensor) -> int:
+    if chunk.device.type == "cpu" and chunk.is_contiguous() and _native.why_not() is None:
+        return int(_native.lib().count_nonfinite(chunk.data_ptr(), _native.DTYPES[chunk.dtype], chunk.numel()))
+    return int((~torch.isfinite(chunk)).sum())
+
+
+def _open(recipe: Recipe, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
+    """The checkpoint that decides names and dtypes (the base, else the first model), and the models."""
+    opened_by_ref: dict[str, Checkpoint] = {}
+    problems: list[BadInput] = []
+    for ref in [*([recipe.base_model] if recipe.base_model else []), *recipe.model_refs]:
+        if ref not in opened_by_ref:
+            try:
+                opened_by_ref[ref] = open_checkpoint(ref, allow_pickle=allow_pickle)
+            except BadInput as error:
+                problems.append(error)
+                opened_by_ref[ref] = Checkpoint(ref, None)
+    raise_all(problems, "the models")
+    models = [opened_by_ref[ref] for ref in recipe.model_refs]
+    return (opened_by_ref[recipe.base_model] if recipe.base_model else models[0]), models
+
+
+def _check_method(method: Method, recipe: Recipe) -> None:
+    if method.needs_data:
+        raise BadInput(
+            f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"
+        )
+    if method.base == "required" and not recipe.base_model:
+        raise BadInput(
+            f"{method.name} needs base_model", where=recipe.source, remedy="add `base_model: ...` to the recipe"
+        )
+
+
+def _layout(job: Job, recipe: Recipe, max_shard_bytes: int | None) -> Layout:
+    tensors = [(t.name, t.dtype, tuple(t.reference.shape), job.base.shard_of(t.plan.base_source)) for t in job.planned]
+    return plan_layout(tensors, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
+
+
+def _identity(job: Job, recipe: Recipe, layout: Layout) -> str:
+    """What decides the output's bytes; a resumed job must have the same."""
+    inputs = {}
+    for checkpoint in [job.base, *job.models]:
+        for file in checkpoint.files():
+            stat = file.stat()
+            inputs[str(file.resolve())] = [stat.st_size, stat.st_mtime_ns]
+    headers = {name: raw.hex() for name, raw in layout.headers.items()}
+    parameters = [[t.name, t.plan.sources, dict(t.plan.parameters)] for t in job.planned]
+    return fingerprint([job.method.name, job.seed, inputs, headers, parameters])
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    max_memory: int | None = None,
+    max_shard_bytes: int | None = None,
+    threads: int | None = None,
+    nan: str = "error",
+    allow_pickle: bool = False,
+    ignore_extra: bool = False,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Merge checkpoints as a recipe says and publish the result at `out`, a folder that does not exist yet.
+
+    Args:
+        recipe: a Recipe, the path of a (mergekit-style) YAML file, or its content as a mapping.
+        device: "auto" or "cpu".
+        resume: finish an interrupted job for `out`; the bytes are those of an uninterrupted one.
+        force: replace a non-empty `out`, or start an interrupted job over.
+        max_memory: bytes for buffers.
+        max_shard_bytes: split the output so; default: as the base is split.
+        threads: workers; default: the CPUs this process may use.
+        nan: what NaN or Inf in an input does: "error" | "warn" (counted in the report) | "allow" (not looked for).
+        ignore_extra: leave out tensors the base does not have.
+        progress: called as progress(bytes_done, bytes_total, phase).
+        dry_run: return the plan as a Report without writing.
+
+    Raises: BadInput before anything is written for whatever headers and recipe show; BadInput for NaN found on the
+        way, and Interrupted for Ctrl-C: nothing is then published, and the work folder can be resumed.
+    Memory: threads x (models + 2) x chunk for element-wise and threshold methods, whatever the tensors' size; one
+        tensor in float32 and its transform for whole-tensor methods.
+    """
+    if device not in ("auto", "cpu"):
+        raise BadInput(f"device {device!r} is not available", remedy="auto or cpu")
+    clock = Clock()
+    recipe = Recipe.load(recipe)
+    method = get_method(recipe.merge_method)
+    _check_method(method, recipe)
+    out = Path(out)
+    base, models = _open(recipe, allow_pickle)
+    workers = threads or _native.threads()
+    with opened(workers) as (pool, files), torch.no_grad(), record_backends() as backends:
+        job = Job(recipe, method, base, models, pool, files, nan=nan, max_memory=max_memory, ignore_extra=ignore_extra)
+        layout = _layout(job, recipe, max_shard_bytes)
+        check_target(out, layout.total_bytes, force=force, resume=resume)
+        report = Report(
+            method.name, [m.label for m in models], recipe.base_model, str(out), workers=workers, chunk_elements=job.chunk,
+            parameters=recipe.parameters_shown(), notes=list(recipe.notes),
+        )  # fmt: skip
+        report.estimate = _estimate(job, layout, workers)
+        if dry_run:
+            report.planned = True
+            report.tensors = [
+                TensorReport(
+                    t.name,
+                    t.reference.shape,
+                    str(t.dtype).removeprefix("torch."),
+                    "copied" if t.copied else "merged",
+                    0.0,
+                    0,
+                    0,
+                )
+                for t in job.planned
+            ]
+            return report
+        writer = Writer.start(out, layout, _identity(job, recipe, layout), resume=resume, force=force)
+        try:
+            _fill(job, writer, report, progress)
+            _finish_report(report, clock, files, writer, backends, job)
+            writer.publish(_small_files(job, recipe, report), force=force)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; nothing was published",
+                where=str(work_folder(out)),
+                remedy="run again with --resume to go on",
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BadInput(
+                    "the disk is full; nothing was published",
+                    where=str(out.parent),
+                    remedy="free some space, then --resume",
+                ) from error
+            raise
+        finally:
+            writer.close()
+    return report
+
+
+def _fill(job: Job, writer: Writer, report: Report, progress: Progress | None) -> None:
+    finished = writer.finished
+    tick = _ticker(job, writer, progress)
+    plan = job.fit() if any(t.name not in finished and not t.copied for t in job.planned) else None
+    for t in job.planned:
+        clock, read, wrote = Clock(), job.files.bytes_read, writer.bytes_written
+        how = "resumed" if t.name in finished else "copied" if t.copied else "merged"
+        if how == "copied":
+            _copy(job, t, writer)
+        elif how == "merged":
+
+            def put(offset: int, values: Tensor, name: str = t.name) -> None:
+                writer.put(name, offset, values)
+                tick()
+
+            def place(begin: int, end: int, dtype: torch.dtype = t.dtype) -> Tensor:
+                return job.pool.buffers.get("out", end - begin, dtype)
+
+            job.apply(t, plan, put, place)
+        if how != "resumed":
+            writer.finish(t.name)
+        report.tensors.append(
+            TensorReport(
+                t.name, tuple(t.reference.shape), str(t.dtype).removeprefix("torch."), how, round(clock.wall(), 6),
+                job.files.bytes_read - read, writer.bytes_written - wrote,
+            )
+        )  # fmt: skip
+
+
+def _copy(job: Job, t: Planned, writer: Writer) -> None:
+    source, step = t.reference, job.chunk
+    for begin in range(0, t.numel, step):
+        end = min(begin + step, t.numel)
+        writer.put(t.name, begin, source.read(begin, end, job.pool.buffers, "copy"))
+
+
+def _ticker(job: Job, writer: Writer, progress: Progress | None) -> Callable[[], None]:
+    last = 0.0
+
+    def tick() -> None:
+        nonlocal last
+        if progress is not None and (now := time.monotonic()) - last > 0.1:
+            last = now
+            progress(min(job.files.bytes_read + writer.bytes_written, job.total_bytes), job.total_bytes, "merge")
+
+    return tick
+
+
+def _estimate(job: Job, layout: Layout, workers: int) -> dict[str, Any]:
+    """Bytes a run moves and holds, from headers."""
+    merged = [t for t in job.planned if not t.copied]
+    largest = max((t.numel for t in merged), default=0)
+    streams = len(job.models) + 2
+    widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
+    buffers = workers * streams * widest * job.chunk
+    if job.method.grain != "element":
+        buffers += largest * 4 * 3
+    return {
+        "tensors": len(job.planned),
+        "bytes_moved": job.total_bytes,
+        "bytes_out": layout.total_bytes,
+        "buffer_bytes": buffers,
+    }
+
+
+def _finish_report(
+    report: Report, clock: Clock, files: Files, writer: Writer, backends: dict[str, str], job: Job
+) -> None:
+    report.wall_s, report.cpu_s, report.peak_rss = clock.wall(), clock.cpu(), peak_rss()
+    report.bytes_read, report.bytes_written = files.bytes_read, writer.bytes_written
+    report.backends, report.nonfinite = dict(backends), dict(job.nonfinite)
+
+
+def _small_files(job: Job, recipe: Recipe, report: Report) -> dict[str, bytes]:
+    raw = {name: path.read_bytes() for name, path in side_files(job.base.folder).items()}
+    config = recipe.adjust_config(job.base.config(), job.planned[0].dtype if job.planned else None)
+    if config:
+        raw["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    raw["fastmerge_report.json"] = report.to_json().encode()
+    raw.update(write_card(recipe, report))
+    return raw

@@ -1,0 +1,308 @@
+"""Streams of tensor chunks: a pool of workers, each of which reads, computes and writes its own chunk.
+
+While one worker waits for the disk another computes, so reading, computing and writing overlap without queues; a chunk
+is read into the worker's own buffers and merged while it is still in cache; memory is workers x (inputs + 1) x chunk,
+whatever the size of the tensors. Results do not depend on the chunk size or the number of workers: methods of grain
+"element" are elementwise given their plan and state, and sums go by fixed blocks of :data:`BLOCK` elements.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .checkpoint import Checkpoint
+from .safetensors import Entry, pread_into
+
+BLOCK = 65_536  # elements; chunks begin at multiples of it, and block sums are aligned to it
+CHUNK = 4 * BLOCK  # elements of one stream per worker, before memory limits
+AHEAD = 8 << 20  # bytes the kernel is told to read ahead of a chunk
+
+Visit = Callable[[int, Tensor | None, list[Tensor]], None]
+
+
+class Buffers:
+    """Named, growing, page-aligned work memory of one thread, backed by huge pages where the kernel grants them."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, Tensor] = {}
+
+    def get(self, key: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor over the buffer called `key`; its contents are whatever the last user left."""
+        nbytes = max(numel * dtype.itemsize, 1)
+        held = self._maps.get(key)
+        if held is None or held.numel() < nbytes:
+            self._maps.pop(key, None)
+            size = -(-nbytes // (1 << 21)) * (1 << 21) if nbytes >= 1 << 21 else nbytes
+            region = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 21:
+                region.madvise(mmap.MADV_HUGEPAGE)
+            held = torch.frombuffer(region, dtype=torch.uint8)
+            self._maps[key] = held
+        return held[: numel * dtype.itemsize].view(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() for t in self._maps.values())
+
+
+class Pool:
+    """Workers with their buffers. The calling thread is the first worker; a pool of one starts no thread."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = max(1, workers)
+        self._local = threading.local()
+        self._executor = ThreadPoolExecutor(self.workers - 1, "fastmerge") if self.workers > 1 else None
+
+    @property
+    def buffers(self) -> Buffers:
+        """The calling thread's buffers."""
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = Buffers()
+        buffers: Buffers = self._local.buffers
+        return buffers
+
+    def each(self, count: int, task: Callable[[int], None]) -> None:
+        """task(i) for i in range(count), in parallel; the first exception stops the rest and is raised."""
+        if self._executor is None or count <= 1:
+            for i in range(count):
+                task(i)
+            return
+        take = itertools.count()  # next() is atomic under the interpreter lock
+        stop = threading.Event()
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            with _native.limit_threads(1):
+                try:
+                    while not stop.is_set() and (i := next(take)) < count:
+                        task(i)
+                except BaseException as error:
+                    errors.append(error)
+                    stop.set()
+
+        others = [
+            self._executor.submit(contextvars.copy_context().run, run) for _ in range(min(self.workers, count) - 1)
+        ]
+        try:
+            run()
+            for future in others:
+                future.result()
+        finally:
+            stop.set()
+            for future in others:
+                future.exception()
+        if errors:
+            raise errors[0]
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Files:
+    """Open file descriptors by path, for positional reads."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def fd(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._fds[path]
+
+    def load(self, entry: Entry, begin: int, end: int, into: Tensor) -> None:
+        """Elements [begin, end) of a tensor into a flat buffer of its dtype."""
+        fd, size = self.fd(entry.file), entry.dtype.itemsize
+        position, nbytes = entry.begin + begin * size, (end - begin) * size
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, position + AHEAD, nbytes, os.POSIX_FADV_WILLNEED)
+        pread_into(fd, memoryview(into.view(torch.uint8).numpy()).cast("B"), position, entry.file)
+        with self._lock:
+            self.bytes_read += nbytes
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+class Source:
+    """One tensor of one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, files: Files) -> None:
+        self.checkpoint, self.name, self.files = checkpoint, name, files
+        held = checkpoint.aliases.get(name, name)
+        self.entry = checkpoint.entries.get(held)
+        self.tensor = None if self.entry is not None else checkpoint.resident[held]
+        self.dtype, self.shape = checkpoint.dtype(name), checkpoint.shape(name)
+        self.nbytes = checkpoint.nbytes(name)
+
+    def read(self, begin: int, end: int, buffers: Buffers, key: str) -> Tensor:
+        if self.tensor is not None:
+            return self.tensor.reshape(-1)[begin:end]
+        assert self.entry is not None
+        into = buffers.get(key, end - begin, self.dtype)
+        self.files.load(self.entry, begin, end, into)
+        return into
+
+
+class Stream:
+    """One parameter of the base and all models (a ``methods.TensorStream``); output goes to `put`."""
+
+    def __init__(
+        self,
+        name: str,
+        base: Source | None,
+        models: Sequence[Source],
+        *,
+        parameters: Mapping[str, Any],
+        out_dtype: torch.dtype,
+        start: int,
+        chunk: int,
+        pool: Pool,
+        put: Callable[[int, Tensor], None],
+        inspect: Callable[[str, int, Tensor], None] | None = None,
+    ) -> None:
+        self.name, self.base, self.models = name, base, list(models)
+        self.shape = models[0].shape
+        self.numel = 1
+        for d in self.shape:
+            self.numel *= d
+        self.parameters, self.out_dtype, self.start = parameters, out_dtype, start
+        self.count, self.has_base = len(models), base is not None
+        self.pool, self._chunk, self._put, self._inspect = pool, chunk, put, inspect
+        self._inspected = False
+        self.resident = all(s.tensor is not None for s in ([base] if base else []) + self.models)
+
+    def _read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        buffers = self.pool.buffers
+        base = None if self.base is None else self.base.read(begin, end, buffers, "base")
+        return base, [m.read(begin, end, buffers, f"model{i}") for i, m in enumerate(self.models)]
+
+    def read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Elements [begin, end), flat, valid until the next read on this thread."""
+        return self._read(begin, end)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the pieces; a tensor in memory is one piece, whose kernels use all threads."""
+        step = max(self.numel, 1) if self.resident else self._chunk
+        for begin in range(0, self.numel, step):
+            yield begin, min(begin + step, self.numel)
+
+    def for_each(self, visit: Visit) -> None:
+        """visit(offset, base, models) over chunks that cover the tensor, from several threads at once."""
+        pieces = list(self.chunks())
+        show = self._inspect if not self._inspected else None
+
+        def task(i: int) -> None:
+            base, models = self._read(*pieces[i])
+            if show is not None:
+                self._show(show, pieces[i][0], base, models)
+            visit(pieces[i][0], base, models)
+
+        self.pool.each(len(pieces), task)
+        self._inspected = True
+
+    def _show(
+        self, show: Callable[[str, int, Tensor], None], offset: int, base: Tensor | None, models: list[Tensor]
+    ) -> None:
+        """Show every input chunk to the engine's NaN policy; done once per tensor, on its first full pass."""
+        if base is not None and self.base is not None:
+            show(self.base.checkpoint.label, offset, base)
+        for source, m in zip(self.models, models, strict=True):
+            show(source.checkpoint.label, offset, m)
+
+    def whole(self) -> tuple[Tensor | None, list[Tensor]]:
+        """All elements in the tensor's shape; from files, into buffers that the next tensor reuses."""
+
+        def read(source: Source, key: str) -> Tensor:
+            if source.tensor is not None:
+                return source.tensor
+            flat = self.pool.buffers.get("whole " + key, self.numel, source.dtype)
+            assert source.entry is not None
+            entry = source.entry
+            pieces = list(self.chunks())
+            self.pool.each(len(pieces), lambda i: source.files.load(entry, *pieces[i], flat[slice(*pieces[i])]))
+            return flat.view(self.shape)
+
+        base = None if self.base is None else read(self.base, "base")
+        models = [read(m, f"model{i}") for i, m in enumerate(self.models)]
+        if self._inspect is not None and not self._inspected:
+            self._show(self._inspect, 0, base, models)
+            self._inspected = True
+        return base, models
+
+    def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Work memory of the tensor's shape, reused from tensor to tensor; contents undefined."""
+        if self.resident:
+            device = self.models[0].tensor.device if self.models[0].tensor is not None else None
+            return torch.empty(self.shape, dtype=dtype, device=device)
+        return self.pool.buffers.get("work " + key, self.numel, dtype).view(self.shape)
+
+    def put(self, offset: int, values: Tensor) -> None:
+        """Store a flat chunk of the result, cast to the output dtype."""
+        self._put(offset, values if values.dtype == self.out_dtype else values.to(self.out_dtype))
+
+    def emit(self, result: Tensor, *, add_base: bool = False) -> None:
+        """Store the whole result; with add_base, base + result in the result's precision (float32 at least)."""
+        if tuple(result.shape) != tuple(self.shape):
+            raise ValueError(f"{self.name}: the method returned shape {tuple(result.shape)}, expected {self.shape}")
+        flat = result.reshape(-1)
+        if not add_base:
+            pieces = list(self.chunks())
+            self.pool.each(len(pieces), lambda i: self.put(pieces[i][0], flat[slice(*pieces[i])]))
+            return
+        if self.base is None:
+            raise ValueError(f"{self.name}: there is no base to add")
+        source = self.base
+        wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+        pieces = list(self.chunks())
+
+        def task(i: int) -> None:
+            begin, end = pieces[i]
+            base = source.read(begin, end, self.pool.buffers, "base")
+            self.put(begin, base.to(wide) + flat[begin:end].to(wide))
+
+        self.pool.each(len(pieces), task)
+
+
+def chunk_elements(count: int, widest: int, workers: int, max_memory: int | None) -> int:
+    """Elements per chunk for `count` streams of at most `widest` bytes an element: a multiple of BLOCK.
+
+    Raises ValueError when even one block per worker exceeds max_memory (bytes).
+    """
+    chunk = CHUNK
+    while chunk > BLOCK and (
+        count * widest * chunk > 16 << 20 or (max_memory and workers * count * widest * chunk > max_memory)
+    ):
+        chunk //= 2
+    if max_memory and workers * count * widest * chunk > max_memory:
+        raise ValueError(f"{workers} workers need {workers * count * widest * chunk} bytes of buffers")
+    return chunk
+
+
+@contextmanager
+def opened(workers: int) -> Iterator[tuple[Pool, Files]]:
+    """A pool and a file table, closed on the way out."""
+    pool, files = Pool(workers), Files()
+    try:
+        yield pool, files
+    finally:
+        pool.close()
+        files.close()

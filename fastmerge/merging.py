@@ -1,0 +1,155 @@
+"""Merging from Python: state dicts, modules or checkpoint paths in, the same kind out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from .engine import Job, run
+from .errors import BadInput
+from .io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
+from .io.pipeline import opened
+from .methods import Method
+from .methods import get as get_method
+from .recipe import Recipe
+from .report import Report
+
+Model = str | Path | Mapping[str, Tensor] | nn.Module
+
+
+def _is_path(model: Model) -> bool:
+    return isinstance(model, (str, Path))
+
+
+def _checkpoint(model: Model, label: str, allow_pickle: bool) -> Checkpoint:
+    if isinstance(model, (str, Path)):
+        return open_checkpoint(model, allow_pickle=allow_pickle)
+    if isinstance(model, nn.Module):
+        return from_state_dict(model.state_dict(), label)
+    if isinstance(model, Mapping):
+        return from_state_dict(model, label)
+    raise BadInput(
+        f"{label} is a {type(model).__name__}", remedy="pass a state_dict, an nn.Module or the path of a checkpoint"
+    )
+
+
+@overload
+def merge(
+    method: str, base: Model | None, models: Sequence[Model], *, out: str | Path, **parameters: Any
+) -> Report: ...
+@overload
+def merge(
+    method: str, base: nn.Module, models: Sequence[Model], *, out: None = None, **parameters: Any
+) -> nn.Module: ...
+@overload
+def merge(
+    method: str,
+    base: Mapping[str, Tensor] | str | Path | None,
+    models: Sequence[Model],
+    *,
+    out: None = None,
+    **parameters: Any,
+) -> Any: ...
+def merge(
+    method: str,
+    base: Model | None,
+    models: Sequence[Model],
+    *,
+    out: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    nan: str = "error",
+    seed: int = 0,
+    allow_pickle: bool = False,
+    ignore_extra: bool = False,
+    **parameters: Any,
+) -> Any:
+    """Merge models by a method.
+
+    Args:
+        method: a name from ``fastmerge.methods.names()``.
+        base: the model the others were fine-tuned from; None for methods that need none.
+        models: state dicts, modules or checkpoint paths, in the order that per-model parameters refer to.
+        out: a folder to write to; then base and models must be paths, and a Report is returned.
+        dtype: of the merged tensors; default: each tensor's dtype in the base (else in the first model).
+        nan: "error" | "warn" | "allow": what NaN or Inf in an input does.
+        parameters: the method's, by recipe name (``lambda`` is spelled ``lambda_``); a per-model parameter takes a
+            number or a list of one per model.
+
+    Returns: a state dict of new tensors (tied names stay tied) for state dicts and paths; for modules a copy of the
+        first of base and models that carries the merged weights; a Report with `out`. Inputs are never changed.
+    Raises: BadInput, naming tensor and model.
+    Cost: in memory, the output plus the method's workspace; every input is read once per pass.
+    """
+    everything = [*([] if base is None else [base]), *models]
+    if not models:
+        raise BadInput("models is empty", remedy="give at least one model")
+    names = {key.rstrip("_"): value for key, value in parameters.items()}
+    if out is not None:
+        if not all(_is_path(m) for m in everything):
+            raise BadInput(
+                "out= writes a folder from checkpoint paths, but a model is in memory",
+                remedy="leave out= away, and save the returned state_dict",
+            )
+        recipe = Recipe.from_call(
+            method, None if base is None else str(base), [str(m) for m in models], names, dtype=dtype, seed=seed
+        )
+        return run(recipe, out, nan=nan, allow_pickle=allow_pickle, ignore_extra=ignore_extra)
+    labels = [str(m) if _is_path(m) else f"models[{i}]" for i, m in enumerate(models)]
+    base_label = None if base is None else str(base) if _is_path(base) else "base"
+    recipe = Recipe.from_call(method, base_label, labels, names, dtype=dtype, seed=seed)
+    checkpoints = [_checkpoint(m, label, allow_pickle) for m, label in zip(models, labels, strict=True)]
+    reference = checkpoints[0] if base is None else _checkpoint(base, base_label or "base", allow_pickle)
+    state = merge_checkpoints(recipe, get_method(method), reference, checkpoints, nan=nan, ignore_extra=ignore_extra)
+    first = everything[0]
+    if isinstance(first, nn.Module):
+        merged = copy.deepcopy(first)
+        merged.load_state_dict(state)
+        return merged
+    return state
+
+
+def merge_checkpoints(
+    recipe: Recipe,
+    method: Method,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    nan: str = "error",
+    ignore_extra: bool = False,
+) -> dict[str, Tensor]:
+    """Merge opened checkpoints into a new state dict, names in the base's order, tied names tied."""
+    if method.base == "required" and recipe.base_model is None:
+        raise BadInput(f"{method.name} needs a base model", remedy="pass base=")
+    with opened(1) as (pool, files), torch.no_grad():
+        job = Job(recipe, method, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
+        plan = job.fit()
+        state: dict[str, Tensor] = {}
+        for t in job.planned:
+            device = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
+            result = torch.empty(t.reference.shape, dtype=t.dtype, device=device)
+            if t.copied:
+                result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
+            else:
+                place, put = _into(result.view(-1))
+                job.apply(t, plan, put, place)
+            state[t.name] = result
+    for alias, name in base.aliases.items():
+        state[alias] = state[name]
+    return state
+
+
+def _into(flat: Tensor) -> tuple[Callable[[int, int], Tensor], Callable[[int, Tensor], None]]:
+    def place(begin: int, end: int) -> Tensor:
+        return flat[begin:end]
+
+    def put(offset: int, values: Tensor) -> None:
+        target = flat[offset : offset + values.numel()]
+        if target.data_ptr() != values.data_ptr():
+            target.copy_(values)
+
+    return place, put
