@@ -10,7 +10,7 @@ import copy
 import errno
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from torch import Tensor
 
 from . import _native
 from ._dispatch import record_backends
-from .card import write_card
 from .errors import BadInput, Interrupted
 from .io.checkpoint import Checkpoint, open_checkpoint
 from .io.journal import fingerprint
 from .io.pipeline import Files, Pool, Stream, chunk_elements, opened
 from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
 from .methods import Context, Method
-from .methods import get as get_method
 from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
 from .recipe import Recipe
 from .report import Clock, Report, TensorReport, peak_rss
 
 Progress = Callable[[int, int, str], None]
+DEFAULT_SHARD = 5_000_000_000  # bytes, as Hugging Face
 NAN_POLICIES = ("error", "warn", "allow")
 
 
@@ -42,7 +41,8 @@ class Job:
         self,
         recipe: Recipe,
         method: Method,
-        base: Checkpoint,
+        template: Checkpoint,
+        base: Checkpoint | None,
         models: Sequence[Checkpoint],
         pool: Pool,
         files: Files,
@@ -53,20 +53,16 @@ class Job:
     ) -> None:
         if nan not in NAN_POLICIES:
             raise BadInput(f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}")
-        self.recipe, self.method, self.base, self.models = recipe, method, base, list(models)
+        self.recipe, self.method, self.template, self.models = recipe, method, template, list(models)
         self.pool, self.files, self.nan = pool, files, nan
         self.nonfinite: dict[str, int] = {}
-        self.seed = recipe.seed
-        plans = recipe.resolve(base.names(), config=base.config())
-        problems = check_names(base, models, sliced=recipe.sliced, ignore_extra=ignore_extra)
-        give_base = method.base == "required" or (method.base == "optional" and recipe.base_model is not None)
-        self.planned, more = [], []
+        self.planned: list[Planned] = []
+        problems = check_names(template, models, sliced=recipe.compiled.sliced, ignore_extra=ignore_extra)
         if not problems:
-            self.planned, more = plan_tensors(
-                plans, base, models, files, give_base=give_base, dtype=recipe.output_dtype
-            )
-            more += [p for t in self.planned if t.copied and not more and (p := check_equal(t)) is not None]
-        raise_all(problems + more, "the inputs")
+            self.planned, problems = plan_tensors(recipe, template, base, models, files)
+        if not problems:
+            problems = [p for t in self.planned if t.copied and (p := check_equal(t)) is not None]
+        raise_all(problems, "the inputs")
         merged = [t for t in self.planned if not t.copied]
         widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
         try:
@@ -109,7 +105,7 @@ class Job:
         if self.method.fit_pass is None:
             return None
         streams = (self.stream(t, _nowhere, check=False) for t in self.planned if not t.copied)
-        return self.method.fit_pass(streams, self.seed)
+        return self.method.fit_pass(streams, self.recipe.seed)
 
     def apply(
         self, tensor: Planned, plan: Any, put: Callable[[int, Tensor], None], place: Callable[[int, int], Tensor]
@@ -124,7 +120,7 @@ class Job:
             name=tensor.name,
             shape=tensor.reference.shape,
             start=tensor.start,
-            seed=self.seed,
+            seed=self.recipe.seed,
             dtype=tensor.dtype,
             plan=plan,
         )
@@ -157,52 +153,46 @@ def _count_nonfinite(chunk: Tensor) -> int:
     return int((~torch.isfinite(chunk)).sum())
 
 
-def _open(recipe: Recipe, allow_pickle: bool) -> tuple[Checkpoint, list[Checkpoint]]:
-    """The checkpoint that decides names and dtypes (the base, else the first model), and the models."""
-    opened_by_ref: dict[str, Checkpoint] = {}
+def _open(recipe: Recipe, method: Method, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint | None, list[Checkpoint]]:
+    """The template, the base the method is given (None when it takes none) and the models."""
+    checkpoints: dict[str, Checkpoint] = {}
     problems: list[BadInput] = []
-    for ref in [*([recipe.base_model] if recipe.base_model else []), *recipe.model_refs]:
-        if ref not in opened_by_ref:
+    for ref in [*([recipe.base_model] if recipe.base_model else []), *recipe.inputs]:
+        if str(ref) not in checkpoints:
             try:
-                opened_by_ref[ref] = open_checkpoint(ref, allow_pickle=allow_pickle)
+                checkpoints[str(ref)] = open_checkpoint(str(ref), allow_pickle=allow_pickle)
             except BadInput as error:
                 problems.append(error)
-                opened_by_ref[ref] = Checkpoint(ref, None)
     raise_all(problems, "the models")
-    models = [opened_by_ref[ref] for ref in recipe.model_refs]
-    return (opened_by_ref[recipe.base_model] if recipe.base_model else models[0]), models
+    template = checkpoints[str(recipe.template)]
+    takes_base = recipe.base_model is not None and method.base != "ignored"
+    return template, template if takes_base else None, [checkpoints[str(ref)] for ref in recipe.inputs]
 
 
-def _check_method(method: Method, recipe: Recipe) -> None:
-    if method.needs_data:
-        raise BadInput(
-            f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"
-        )
-    if method.base == "required" and not recipe.base_model:
-        raise BadInput(
-            f"{method.name} needs base_model", where=recipe.source, remedy="add `base_model: ...` to the recipe"
-        )
-
-
-def _layout(job: Job, recipe: Recipe, max_shard_bytes: int | None) -> Layout:
-    tensors = [(t.name, t.dtype, tuple(t.reference.shape), job.base.shard_of(t.plan.base_source)) for t in job.planned]
+def _layout(job: Job, max_shard_bytes: int | None) -> Layout:
+    tensors = []
+    for t in job.planned:
+        shard = t.reference.entry.file.name if t.reference.entry is not None else None
+        tensors.append((t.name, t.dtype, tuple(t.reference.shape), shard))
+    if job.recipe.compiled.sliced and max_shard_bytes is None:
+        max_shard_bytes = DEFAULT_SHARD  # layers move between shards: the base's split means nothing
     return plan_layout(tensors, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
 
 
 def _identity(job: Job, recipe: Recipe, layout: Layout) -> str:
     """What decides the output's bytes; a resumed job must have the same."""
     inputs = {}
-    for checkpoint in [job.base, *job.models]:
+    for checkpoint in [job.template, *job.models]:
         for file in checkpoint.files():
             stat = file.stat()
             inputs[str(file.resolve())] = [stat.st_size, stat.st_mtime_ns]
     headers = {name: raw.hex() for name, raw in layout.headers.items()}
     parameters = [[t.name, t.plan.sources, dict(t.plan.parameters)] for t in job.planned]
-    return fingerprint([job.method.name, job.seed, inputs, headers, parameters])
+    return fingerprint([job.method.name, job.recipe.seed, inputs, headers, parameters])
 
 
 def run(
-    recipe: Recipe | str | Path | Mapping[str, Any],
+    recipe: Recipe | str | Path,
     out: str | Path,
     *,
     device: str = "auto",
@@ -220,7 +210,7 @@ def run(
     """Merge checkpoints as a recipe says and publish the result at `out`, a folder that does not exist yet.
 
     Args:
-        recipe: a Recipe, the path of a (mergekit-style) YAML file, or its content as a mapping.
+        recipe: a Recipe, or the path of a (mergekit-style) YAML file.
         device: "auto" or "cpu".
         resume: finish an interrupted job for `out`; the bytes are those of an uninterrupted one.
         force: replace a non-empty `out`, or start an interrupted job over.
@@ -240,19 +230,33 @@ def run(
     if device not in ("auto", "cpu"):
         raise BadInput(f"device {device!r} is not available", remedy="auto or cpu")
     clock = Clock()
-    recipe = Recipe.load(recipe)
-    method = get_method(recipe.merge_method)
-    _check_method(method, recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    method: Method = recipe.method
+    if method.needs_data:
+        raise BadInput(
+            f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"
+        )
     out = Path(out)
-    base, models = _open(recipe, allow_pickle)
+    template, base, models = _open(recipe, method, allow_pickle)
     workers = threads or _native.threads()
     with opened(workers) as (pool, files), torch.no_grad(), record_backends() as backends:
-        job = Job(recipe, method, base, models, pool, files, nan=nan, max_memory=max_memory, ignore_extra=ignore_extra)
-        layout = _layout(job, recipe, max_shard_bytes)
+        job = Job(
+            recipe,
+            method,
+            template,
+            base,
+            models,
+            pool,
+            files,
+            nan=nan,
+            max_memory=max_memory,
+            ignore_extra=ignore_extra,
+        )
+        layout = _layout(job, max_shard_bytes)
         check_target(out, layout.total_bytes, force=force, resume=resume)
         report = Report(
-            method.name, [m.label for m in models], recipe.base_model, str(out), workers=workers, chunk_elements=job.chunk,
-            parameters=recipe.parameters_shown(), notes=list(recipe.notes),
+            method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None, str(out),
+            workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
         )  # fmt: skip
         report.estimate = _estimate(job, layout, workers)
         if dry_run:
@@ -274,7 +278,7 @@ def run(
         try:
             _fill(job, writer, report, progress)
             _finish_report(report, clock, files, writer, backends, job)
-            writer.publish(_small_files(job, recipe, report), force=force)
+            writer.publish(_small_files(job, report), force=force)
         except KeyboardInterrupt:
             raise Interrupted(
                 "interrupted; nothing was published",
@@ -367,11 +371,25 @@ def _finish_report(
     report.backends, report.nonfinite = dict(backends), dict(job.nonfinite)
 
 
-def _small_files(job: Job, recipe: Recipe, report: Report) -> dict[str, bytes]:
-    raw = {name: path.read_bytes() for name, path in side_files(job.base.folder).items()}
-    config = recipe.adjust_config(job.base.config(), job.planned[0].dtype if job.planned else None)
+def _small_files(job: Job, report: Report) -> dict[str, bytes]:
+    """Configuration, tokenizer, card and report, by file name."""
+    raw = {name: path.read_bytes() for name, path in side_files(job.template.folder).items()}
+    config = _adjusted(job.template.config(), job)
     if config:
         raw["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     raw["fastmerge_report.json"] = report.to_json().encode()
-    raw.update(write_card(recipe, report))
     return raw
+
+
+def _adjusted(config: dict[str, Any], job: Job) -> dict[str, Any]:
+    """config.json with the stored dtype and, for slices, the new number of layers."""
+    stored = job.recipe.stored_dtype
+    for key in ("dtype", "torch_dtype"):
+        if key in config and stored:
+            config[key] = stored
+    layers = job.recipe.layer_sources()
+    if layers is not None:
+        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if key in config:
+                config[key] = len(layers)
+    return config

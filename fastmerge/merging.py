@@ -15,7 +15,6 @@ from .errors import BadInput
 from .io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from .io.pipeline import opened
 from .methods import Method
-from .methods import get as get_method
 from .recipe import Recipe
 from .report import Report
 
@@ -88,7 +87,7 @@ def merge(
     everything = [*([] if base is None else [base]), *models]
     if not models:
         raise BadInput("models is empty", remedy="give at least one model")
-    names = {key.rstrip("_"): value for key, value in parameters.items()}
+    stored = None if dtype is None else str(dtype).removeprefix("torch.")
     if out is not None:
         if not all(_is_path(m) for m in everything):
             raise BadInput(
@@ -96,15 +95,20 @@ def merge(
                 remedy="leave out= away, and save the returned state_dict",
             )
         recipe = Recipe.from_call(
-            method, None if base is None else str(base), [str(m) for m in models], names, dtype=dtype, seed=seed
+            method,
+            None if base is None else str(base),
+            [str(m) for m in models],
+            parameters,
+            out_dtype=stored,
+            seed=seed,
         )
         return run(recipe, out, nan=nan, allow_pickle=allow_pickle, ignore_extra=ignore_extra)
     labels = [str(m) if _is_path(m) else f"models[{i}]" for i, m in enumerate(models)]
     base_label = None if base is None else str(base) if _is_path(base) else "base"
-    recipe = Recipe.from_call(method, base_label, labels, names, dtype=dtype, seed=seed)
+    recipe = Recipe.from_call(method, base_label, labels, parameters, out_dtype=stored, seed=seed)
     checkpoints = [_checkpoint(m, label, allow_pickle) for m, label in zip(models, labels, strict=True)]
     reference = checkpoints[0] if base is None else _checkpoint(base, base_label or "base", allow_pickle)
-    state = merge_checkpoints(recipe, get_method(method), reference, checkpoints, nan=nan, ignore_extra=ignore_extra)
+    state = merge_checkpoints(recipe, reference, checkpoints, nan=nan, ignore_extra=ignore_extra)
     first = everything[0]
     if isinstance(first, nn.Module):
         merged = copy.deepcopy(first)
@@ -115,18 +119,20 @@ def merge(
 
 def merge_checkpoints(
     recipe: Recipe,
-    method: Method,
-    base: Checkpoint,
+    template: Checkpoint,
     models: Sequence[Checkpoint],
     *,
     nan: str = "error",
     ignore_extra: bool = False,
 ) -> dict[str, Tensor]:
-    """Merge opened checkpoints into a new state dict, names in the base's order, tied names tied."""
-    if method.base == "required" and recipe.base_model is None:
-        raise BadInput(f"{method.name} needs a base model", remedy="pass base=")
+    """Merge opened checkpoints into a new state dict, names in the template's order, tied names tied.
+
+    The template is the base, or the first model when the recipe names none; models are those of ``recipe.inputs``.
+    """
+    method: Method = recipe.method
+    base = template if recipe.base_model is not None and method.base != "ignored" else None
     with opened(1) as (pool, files), torch.no_grad():
-        job = Job(recipe, method, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
+        job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
         plan = job.fit()
         state: dict[str, Tensor] = {}
         for t in job.planned:
@@ -138,7 +144,7 @@ def merge_checkpoints(
                 place, put = _into(result.view(-1))
                 job.apply(t, plan, put, place)
             state[t.name] = result
-    for alias, name in base.aliases.items():
+    for alias, name in template.aliases.items():
         state[alias] = state[name]
     return state
 

@@ -13,7 +13,7 @@ from .io.checkpoint import Checkpoint
 from .io.pipeline import Files, Source
 
 if TYPE_CHECKING:
-    from .recipe import TensorPlan
+    from .recipe import Recipe, TensorPlan
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_PROBLEMS = 20
@@ -78,59 +78,63 @@ def check_names(base: Checkpoint, models: Sequence[Checkpoint], *, sliced: bool,
 
 
 def plan_tensors(
-    plans: Sequence[TensorPlan],
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    files: Files,
-    *,
-    give_base: bool,
-    dtype: torch.dtype | None,
+    recipe: Recipe, template: Checkpoint, base: Checkpoint | None, models: Sequence[Checkpoint], files: Files
 ) -> tuple[list[Planned], list[BadInput]]:
-    """Sources and output dtype of every tensor, and every mismatch of shape or kind."""
+    """Sources and output dtype of every tensor, and every mismatch of shape or kind.
+
+    The template decides names, shapes and dtypes (the base, else the first model); the base is what the method is
+    given, None when it takes none; models are in the order of ``recipe.inputs``.
+    """
     problems: list[BadInput] = []
     out: list[Planned] = []
     start = 0
-    for plan in plans:
-        if plan.base_source not in base:
-            problems.append(BadInput(f"tensor {plan.base_source!r} is missing", where=base.label))
-            continue
-        reference = Source(base, plan.base_source, files)
-        lacking = [m.label for m, n in zip(models, plan.sources, strict=True) if n not in m]
+    others = {ref: m.names() for ref, m in zip(recipe.inputs, models, strict=True)}
+    dtype = getattr(torch, recipe.stored_dtype) if recipe.stored_dtype else None
+    for plan in recipe.resolve(template.names(), others):
+        taking_part = [models[i] for i in plan.models]
+        wanted = [(base, plan.base_source)] if base is not None and plan.base_source is not None else []
+        wanted += list(zip(taking_part, plan.sources, strict=True))
+        lacking = [BadInput(f"tensor {name!r} is missing", where=m.label) for m, name in wanted if name not in m]
         if lacking:
-            problems.append(BadInput(f"tensor {plan.name!r} is missing", where=", ".join(lacking)))
+            problems += lacking
             continue
-        sources = [Source(m, n, files) for m, n in zip(models, plan.sources, strict=True)]
-        for source in sources:
-            if source.shape != reference.shape:
-                problems.append(
-                    BadInput(
-                        f"tensor {source.name!r} has shape {_shape(source.shape)}, {base.label} has {_shape(reference.shape)}",
-                        where=source.checkpoint.label,
-                        remedy="the models differ in architecture or vocabulary: resize them to one shape first",
-                    )
-                )
-            elif (source.dtype in FLOATS) != (reference.dtype in FLOATS):
-                problems.append(
-                    BadInput(
-                        f"tensor {source.name!r} has dtype {source.dtype}, {base.label} has {reference.dtype}",
-                        where=source.checkpoint.label,
-                        remedy="convert the tensor to one kind of dtype in all models",
-                    )
-                )
+        inputs = [Source(m, name, files) for m, name in wanted]
+        reference = (
+            inputs[0]
+            if plan.base_source is not None or plan.name not in template
+            else Source(template, plan.name, files)
+        )
+        problems += [p for source in inputs if (p := _mismatch(source, reference)) is not None]
         copied = reference.dtype not in FLOATS
         planned = Planned(
             plan,
-            reference if give_base else None,
-            sources,
+            inputs[0] if plan.base_source is not None else None,
+            inputs[1:] if plan.base_source is not None else inputs,
             reference,
             reference.dtype if copied or dtype is None else dtype,
             start,
             copied,
         )
         out.append(planned)
-        if not copied:
-            start += planned.numel
+        start += 0 if copied else planned.numel
     return out, problems
+
+
+def _mismatch(source: Source, reference: Source) -> BadInput | None:
+    what = reference.checkpoint.label
+    if source.shape != reference.shape:
+        return BadInput(
+            f"tensor {source.name!r} has shape {_shape(source.shape)}, {what} has {_shape(reference.shape)}",
+            where=source.checkpoint.label,
+            remedy="the models differ in architecture or vocabulary: resize them to one shape first",
+        )
+    if (source.dtype in FLOATS) != (reference.dtype in FLOATS):
+        return BadInput(
+            f"tensor {source.name!r} has dtype {source.dtype}, {what} has {reference.dtype}",
+            where=source.checkpoint.label,
+            remedy="convert the tensor to one kind of dtype in all models",
+        )
+    return None
 
 
 def check_equal(planned: Planned) -> BadInput | None:

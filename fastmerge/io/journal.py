@@ -49,29 +49,11 @@ class Journal:
                 "there is no interrupted job to resume", where=str(folder), remedy="run without --resume"
             ) from error
         _lock(file, folder)
-        finished: dict[str, dict[str, Any]] = {}
-        good = 0
-        head: dict[str, Any] | None = None
-        for line in file:
-            try:
-                entry = json.loads(line) if line.endswith("\n") else None
-            except ValueError:
-                entry = None
-            if entry is None:
-                break  # the last line was cut off; whatever it described is done again
-            if head is None:
-                head = entry
-            else:
-                finished[entry["tensor"]] = entry
-            good += len(line.encode())
-        if head is None or head.get("fastmerge_journal") != VERSION:
-            raise BadInput("the journal is damaged", where=str(path), remedy="start over with --force")
-        if head.get("job") != job:
-            raise BadInput(
-                "the interrupted job was a different one (recipe, options or input files changed since)",
-                where=str(path),
-                remedy="resume with the same recipe and inputs, or start over with --force",
-            )
+        try:
+            finished, good = _read(file, path, job)
+        except BaseException:
+            file.close()
+            raise
         file.seek(good)
         file.truncate()
         return cls(file, finished)
@@ -88,6 +70,34 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read(file: TextIO, path: Path, job: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """Finished tensors, and how many bytes of the journal are whole lines."""
+    finished: dict[str, dict[str, Any]] = {}
+    good = 0
+    head: dict[str, Any] | None = None
+    for line in file:
+        try:
+            entry = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            entry = None
+        if entry is None:
+            break  # the last line was cut off; whatever it described is done again
+        if head is None:
+            head = entry
+        else:
+            finished[entry["tensor"]] = entry
+        good += len(line.encode())
+    if head is None or head.get("fastmerge_journal") != VERSION:
+        raise BadInput("the journal is damaged", where=str(path), remedy="start over with --force")
+    if head.get("job") != job:
+        raise BadInput(
+            "the interrupted job was a different one (recipe, options or input files changed since)",
+            where=str(path),
+            remedy="resume with the same recipe and inputs, or start over with --force",
+        )
+    return finished, good
 
 
 def _lock(file: TextIO, folder: Path) -> None:

@@ -1,0 +1,154 @@
+"""Opening checkpoints: what is accepted, and that every damaged input is refused with its file and tensor named."""
+
+import json
+import struct
+
+import pytest
+import torch
+from checkpoints import near, save, tiny_state
+from safetensors.torch import load_file, save_file
+
+from fastmerge.errors import BadInput
+from fastmerge.io.checkpoint import from_state_dict, open_checkpoint
+from fastmerge.io.safetensors import build_header, read_header
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_folder_is_seen_as_the_safetensors_library_sees_it(tmp_path, shards):
+    state = tiny_state()
+    checkpoint = open_checkpoint(save(tmp_path / "m", state, shards=shards))
+    assert sorted(checkpoint.names()) == sorted(state)
+    for name, t in state.items():
+        assert checkpoint.dtype(name) == t.dtype
+        assert checkpoint.shape(name) == tuple(t.shape)
+    assert checkpoint.total_bytes == sum(t.nbytes for t in state.values())
+    assert checkpoint.config()["num_hidden_layers"] == 3
+
+
+def test_single_file_and_lone_file_of_any_name(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "anything.safetensors")
+    assert open_checkpoint(tmp_path / "anything.safetensors").names() == ["a"]
+    assert open_checkpoint(tmp_path).names() == ["a"]
+
+
+def test_header_we_build_is_read_by_the_library(tmp_path):
+    raw, places = build_header(
+        [("x", torch.bfloat16, (2, 3)), ("ü", torch.float32, ()), ("e", torch.float16, (0,))], {"format": "pt"}
+    )
+    assert len(raw) % 8 == 0
+    file = tmp_path / "f.safetensors"
+    file.write_bytes(raw + bytes(16))
+    assert {k: tuple(v.shape) for k, v in load_file(file).items()} == {"x": (2, 3), "ü": (), "e": (0,)}
+    entries, metadata = read_header(file)
+    assert {n: (e.begin, e.nbytes) for n, e in entries.items()} == places
+    assert metadata == {"format": "pt"}
+
+
+def _file(tmp_path, header, data=b"", length=None):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return file
+
+
+def _tensor(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "match"),
+    [
+        (b"", b"", None, "not valid JSON"),
+        (b"{", b"", None, "not valid JSON"),
+        (b"\xff\xfe", b"", None, "not valid JSON"),
+        (b"[]", b"", None, "not a JSON object"),
+        (b"{}", b"", 10**6, "claims 1000000 bytes, but the file ends"),
+        (b"{}", b"", 2**63, "more than the format's limit"),
+        ({"a": _tensor([2], 0, 8)}, b"1234", None, "'a' reaches to byte 8 of 4"),
+        ({"a": _tensor([2], 0, 8), "b": _tensor([2], 4, 12)}, bytes(12), None, "'a' and 'b' overlap"),
+        ({"a": _tensor([1], 4, 8)}, bytes(8), None, "4 unaccounted bytes before tensor 'a'"),
+        ({"a": _tensor([1], 0, 4)}, bytes(8), None, "4 unaccounted bytes after"),
+        ({"a": _tensor([3], 0, 8)}, bytes(8), None, r"'a' of shape \[3\] and dtype F32 needs 12 bytes"),
+        ({"a": _tensor([-1], 0, 4)}, bytes(4), None, "'a'.*whole numbers"),
+        ({"a": _tensor([1], 8, 4)}, bytes(8), None, "'a' reaches"),
+        ({"a": _tensor([1], 0, 4, "F33")}, bytes(4), None, "'a' has unknown dtype 'F33'"),
+        ({"a": {"shape": [1]}}, bytes(4), None, "'a'.*lacks"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            bytes(4),
+            None,
+            "'a' appears twice",
+        ),
+    ],
+)
+def test_damaged_headers_are_named(tmp_path, header, data, length, match):
+    file = _file(tmp_path, header, data, length)
+    with pytest.raises(BadInput, match=match) as caught:
+        read_header(file)
+    assert str(file) in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_file_shorter_than_a_prefix(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(BadInput, match="3 bytes"):
+        open_checkpoint(tmp_path)
+
+
+def _indexed(tmp_path, weight_map):
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "match"),
+    [
+        ({"a": "gone.safetensors"}, "'gone.safetensors', which is missing"),
+        ({"a": "../other/x.safetensors"}, "outside the checkpoint's folder"),
+        ({"a": "/etc/passwd"}, "outside the checkpoint's folder"),
+        ({"a": "one.safetensors", "b": "one.safetensors"}, "lists tensor 'b', which is not in"),
+        (["one.safetensors"], "needs a weight_map"),
+    ],
+)
+def test_bad_indexes_are_named(tmp_path, weight_map, match):
+    with pytest.raises(BadInput, match=match) as caught:
+        open_checkpoint(_indexed(tmp_path, weight_map))
+    assert "index.json" in str(caught.value)
+
+
+def test_tensor_in_two_shards(tmp_path):
+    _indexed(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(BadInput, match=r"'a' is in two shards, one\.safetensors and two\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_folders_and_empty_ones(tmp_path):
+    with pytest.raises(BadInput, match=r"no folder or file '\./tiny-nope'"):
+        open_checkpoint("./tiny-nope")
+    with pytest.raises(BadInput, match="holds no checkpoint"):
+        open_checkpoint(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "y.safetensors")
+    with pytest.raises(BadInput, match="2 safetensors files and no index"):
+        open_checkpoint(tmp_path)
+
+
+def test_pickles_need_permission_and_load_weights_only(tmp_path):
+    state = near(tiny_state(), 1)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="--allow-pickle"):
+        open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, allow_pickle=True)
+    assert checkpoint.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert set(checkpoint.names()) == set(state) - {"lm_head.weight"}
+    torch.save({"f": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="weights_only"):
+        open_checkpoint(tmp_path, allow_pickle=True)
+
+
+def test_state_dict_entries_must_be_tensors():
+    with pytest.raises(BadInput, match="'x' is a int"):
+        from_state_dict({"x": 3}, "model 0")
