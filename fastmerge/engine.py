@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from . import _native
 from ._dispatch import record_backends
+from .card import output_files
 from .errors import BadInput, Interrupted
 from .io.checkpoint import Checkpoint, open_checkpoint
 from .io.journal import fingerprint
@@ -374,22 +374,6 @@ def _finish_report(
 def _small_files(job: Job, report: Report) -> dict[str, bytes]:
     """Configuration, tokenizer, card and report, by file name."""
     raw = {name: path.read_bytes() for name, path in side_files(job.template.folder).items()}
-    config = _adjusted(job.template.config(), job)
-    if config:
-        raw["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    raw.update(output_files(job.recipe, job.template.config(), report))
     raw["fastmerge_report.json"] = report.to_json().encode()
     return raw
-
-
-def _adjusted(config: dict[str, Any], job: Job) -> dict[str, Any]:
-    """config.json with the stored dtype and, for slices, the new number of layers."""
-    stored = job.recipe.stored_dtype
-    for key in ("dtype", "torch_dtype"):
-        if key in config and stored:
-            config[key] = stored
-    layers = job.recipe.layer_sources()
-    if layers is not None:
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if key in config:
-                config[key] = len(layers)
-    return config
