@@ -1,0 +1,6 @@
+"""`fastmerge demo`: real networks, trained on the spot from real images, merged by every method and compared."""
+
+from .family import Batch, DemoFamily, default_cache, prepare
+from .sources import DataUnavailable
+
+__all__ = ["Batch", "DataUnavailable", "DemoFamily", "default_cache", "prepare"]

