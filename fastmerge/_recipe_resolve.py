@@ -16,7 +16,7 @@ from .errors import BadInput
 
 if TYPE_CHECKING:
     from ._recipe_check import Compiled, Piece, Source
-    from .methods import Parameter
+    from .methods import Method, Parameter
     from .recipe import ModelRef
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
@@ -56,6 +56,32 @@ class Layout:
                 stacks[stack] = max(stacks.get(stack, 0), layer + 1)
                 layers[name] = (stack, layer, rest)
         return cls(stacks, layers)
+
+
+def describe_parameters(method: Method, plans: Sequence[TensorPlan], models: int) -> dict[str, Any]:
+    """Each parameter over all tensors: its value where it is the same everywhere, else ``least … most``.
+
+    Per-model parameters are lists with an entry per model.
+    """
+    out: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+        if parameter.per_model:
+            columns: list[list[Any]] = [[] for _ in range(models)]
+            for plan in plans:
+                for model, value in zip(plan.models, plan.parameters[name], strict=True):
+                    columns[model].append(value)
+            out[name] = [_summary(values) for values in columns]
+        else:
+            out[name] = _summary([plan.parameters[name] for plan in plans])
+    return out
+
+
+def _summary(values: list[Any]) -> Any:
+    if not values or all(v == values[0] for v in values):
+        return values[0] if values else None
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return f"{min(values):g} … {max(values):g}"
+    return "varies"
 
 
 def is_before_layers(name: str) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +54,7 @@ Device = Annotated[str, typer.Option(help="auto or cpu.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-j", min=1, help="Workers. [default: every usable CPU]")]
 MaxMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Bound on buffers: 4G, 900M. [default: small]")]
 Pickles = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin/.pt files (weights only).")]
+IgnoreExtra = Annotated[bool, typer.Option("--ignore-extra", help="Leave out tensors the base does not have.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted merge; same bytes as without a break.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT, or start an interrupted merge over.")]
 Nan = Annotated[NanPolicy, typer.Option("--nan", help="What NaN or Inf in an input does.")]
@@ -85,6 +85,7 @@ def merge(
     shard_size: ShardSize = None,
     nan: Nan = NanPolicy.error,
     allow_pickle: Pickles = False,
+    ignore_extra: IgnoreExtra = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -93,6 +94,7 @@ def merge(
     options = {
         "resume": resume, "force": force, "device": device, "threads": threads, "nan": nan.value,
         "max_memory": parse_size(max_memory), "max_shard_bytes": parse_size(shard_size), "allow_pickle": allow_pickle,
+        "ignore_extra": ignore_extra,
     }  # fmt: skip
     with failing_politely(debug=debug, json=json):
         _merge(recipe, out, options, dry_run=dry_run, json=json, quiet=quiet)
@@ -119,7 +121,13 @@ def _merge(
 
 
 @app.command()
-def check(recipe: RecipePath, allow_pickle: Pickles = False, json: Json = False, debug: Debug = False) -> None:
+def check(
+    recipe: RecipePath,
+    allow_pickle: Pickles = False,
+    ignore_extra: IgnoreExtra = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Check a recipe and the headers of its models; read no weights, write nothing."""
     with failing_politely(debug=debug, json=json):
         from . import _tables
@@ -127,7 +135,7 @@ def check(recipe: RecipePath, allow_pickle: Pickles = False, json: Json = False,
         from .recipe import Recipe
 
         loaded = Recipe.load(recipe)
-        report = run(loaded, None, dry_run=True, allow_pickle=allow_pickle)
+        report = run(loaded, None, dry_run=True, allow_pickle=allow_pickle, ignore_extra=ignore_extra)
         if json:
             print(report.to_json(), end="")
         else:
@@ -252,7 +260,7 @@ def mergekit_yaml(
             notes.append("--no-write-model-card: the card is always written")
         if not quiet:
             for note in notes:
-                say(f"note: {note} (ignored)")
+                say(f"note: ignored {note}")
         if transformers_cache is not None:
             import os
 
@@ -271,4 +279,4 @@ def main_yaml() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from . import _native
 from ._dispatch import record_backends
+from ._recipe_resolve import describe_parameters
 from .card import output_files
 from .errors import BadInput, Interrupted
 from .io.checkpoint import Checkpoint, open_checkpoint
 from .io.journal import fingerprint
 from .io.pipeline import Files, Pool, Stream, chunk_elements, opened
+from .io.probe import io_seconds
 from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
 from .methods import Context, Method
 from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
@@ -193,7 +195,7 @@ def _identity(job: Job, recipe: Recipe, layout: Layout) -> str:
 
 def run(
     recipe: Recipe | str | Path,
-    out: str | Path,
+    out: str | Path | None,
     *,
     device: str = "auto",
     resume: bool = False,
@@ -220,7 +222,7 @@ def run(
         nan: what NaN or Inf in an input does: "error" | "warn" (counted in the report) | "allow" (not looked for).
         ignore_extra: leave out tensors the base does not have.
         progress: called as progress(bytes_done, bytes_total, phase).
-        dry_run: return the plan as a Report without writing.
+        dry_run: return the plan as a Report without writing; `out` may then be None.
 
     Raises: BadInput before anything is written for whatever headers and recipe show; BadInput for NaN found on the
         way, and Interrupted for Ctrl-C: nothing is then published, and the work folder can be resumed.
@@ -236,7 +238,9 @@ def run(
         raise BadInput(
             f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"
         )
-    out = Path(out)
+    if out is None and not dry_run:
+        raise BadInput("no output folder is given", remedy="name one, or ask for a dry run")
+    out = Path(out) if out is not None else None
     template, base, models = _open(recipe, method, allow_pickle)
     workers = threads or _native.threads()
     with opened(workers) as (pool, files), torch.no_grad(), record_backends() as backends:
@@ -253,14 +257,23 @@ def run(
             ignore_extra=ignore_extra,
         )
         layout = _layout(job, max_shard_bytes)
-        check_target(out, layout.total_bytes, force=force, resume=resume)
+        if out is not None:
+            check_target(out, layout.total_bytes, force=force, resume=resume)
         report = Report(
-            method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None, str(out),
+            method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None,
+            str(out) if out is not None else None,
             workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
         )  # fmt: skip
         report.estimate = _estimate(job, layout, workers)
-        if dry_run:
+        report.parameters = describe_parameters(method, [t.plan for t in job.planned if not t.copied], len(models))
+        if dry_run or out is None:
             report.planned = True
+            source = next((t.reference.entry.file for t in job.planned if t.reference.entry is not None), None)
+            if source is not None:
+                folder = out.absolute().parent if out is not None else Path.cwd()
+                moved, wrote = job.total_bytes, layout.total_bytes
+                seconds, how = io_seconds(moved - wrote, wrote, source, folder)
+                report.estimate |= {"seconds": seconds, "seconds_how": how}
             report.tensors = [
                 TensorReport(
                     t.name,

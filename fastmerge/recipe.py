@@ -21,6 +21,8 @@ from ._recipe_resolve import TensorPlan, resolve
 from ._recipe_yaml import Marks, Path
 from .errors import BadInput, did_you_mean
 
+__all__ = ["Compiled", "ModelRef", "Recipe", "TensorPlan"]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
