@@ -1,0 +1,308 @@
+"""Hard Frank-Wolfe merging: one vertex per layer (or model) and iteration."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from . import presets, steps
+from .inner import Inner
+from .norms import NormCache, default_folder
+from .oracle import Choice, Products, choose
+from .problem import Problem, State, open_start, opened_problem
+from .result import Coefficients, FrankWolfeResult
+from .trace import Iteration, Trace
+
+GradientFunction = Callable[[State], Mapping[str, Tensor]]
+Progress = Callable[[int, int, Iteration], None]
+
+
+@presets.with_presets(presets.HARD)
+def frank_wolfe(
+    base: Any,
+    candidates: Iterable[Any],
+    gradient: GradientFunction,
+    *,
+    iterations: int = 10,
+    step_size: float = 0.1,
+    scale: float = 0.29,
+    inner: str = "task_arithmetic",
+    granularity: Literal["layer", "model"] = "layer",
+    metric: Literal["dot", "cosine"] = "dot",
+    zero_if_ascent: bool = False,
+    init: Any = "merge",
+    preset: str | None = None,
+    step: Literal["harmonic", "constant", "line_search", "short"] = "harmonic",
+    pool_init: bool = False,
+    inner_parameters: Mapping[str, Any] | None = None,
+    loss: Callable[[State], float] | None = None,
+    lipschitz: float | None = None,
+    search_evaluations: int = 12,
+    gap_tolerance: float | None = None,
+    select: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    space: Literal["weights", "deltas"] | None = None,
+    missing: Literal["error", "zero"] = "error",
+    lora: Literal["product", "factors"] = "product",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    norm_cache: str | Path | bool = True,
+    trace: str | Path | None = None,
+    progress: Progress | None = None,
+    shards: Mapping[str, tuple[int, int]] | None = None,
+    group: Any = None,
+    allow_pickle: bool = False,
+) -> FrankWolfeResult:
+    """Merge by Frank-Wolfe: minimise a calibration loss over the convex hull of any number of candidates.
+
+    Per iteration t: g = ∇ℓ(θ_t); s_t = argmin over candidates of ⟨g, s⟩ (per tensor with granularity "layer", which
+    is the product of the tensors' hulls, or for the whole model); θ_{t+1} = MergeFn(θ_t, [s_t], η_t). With the default
+    inner merge θ_{t+1} = θ_t + η_t (s_t − θ_t), η_t = scale · step_size · 2/(t + 2).
+
+    Args:
+        base: path, hub id, state_dict or module. Its names, dtypes and non-floating tensors are the result's.
+        candidates: the same kinds, and folders of LoRA adapters; read piece by piece, once per iteration.
+        gradient: ``f(state_dict) -> {name: Tensor}`` at float32 weights, e.g. from ``fm.gradient``. Tensors without a
+            gradient keep what the start gives them.
+        step: "harmonic" (η as above), "constant" (η = scale·step_size), or rules that find η in [0, 1] themselves and
+            ignore step_size and scale: "line_search" on the loss, "short" (gap / (L‖s − θ‖²), L = `lipschitz` or found
+            by backtracking on the loss).
+        inner: a merge method; its ``lambda`` takes η. `inner_parameters` are its others (weight defaults to 1).
+        metric: "dot" (the paper), or "cosine" between gradient and raw candidate (the authors' code).
+        zero_if_ascent: a tensor whose best score is not negative moves towards zero instead (in the space of deltas,
+            towards the base).
+        init: "merge" (the inner merge of all candidates with `scale`), "base", or a checkpoint or state_dict.
+        pool_init: the start is the last candidate, called "initial" (one more copy of the model in memory).
+        preset: "published" or "fusion_bench"; explicit arguments win over it.
+        loss: ``f(state_dict) -> float``; default: ``gradient.loss`` when there is one.
+        gap_tolerance: stop when the duality gap is at most this.
+        select, exclude: regular expressions; floating tensors that match none of select or any of exclude keep the
+            base's values.
+        space: "weights", or "deltas" (products with s − base; the default when all candidates are adapters). Under
+            "dot" the choice is the same.
+        missing: "zero" lets a candidate lack tensors: they are its zero vertex. Adapters may always.
+        lora: "product" merges B·A, as the model uses it; "factors" merges A and B apart (the authors' code), with a
+            base that holds the factors.
+        norm_cache: folder for norms (cosine only), True for ``~/.cache/fastmerge/norms``, False for none.
+        trace: the JSON is written here after every iteration.
+        shards: {name: (begin, end)}: this process holds these elements of each flattened tensor; gradients are of those
+            elements, and torch.distributed (`group`) adds the K·L products. DTensors in `base` need no shards.
+
+    Memory: θ in float32, the gradient, and one buffer per thread, whatever the number of candidates; a searching step
+    holds one copy of θ more, an inner merge other than task arithmetic a vertex and its result.
+    Numerics: scores are class B (see ``ops.fw_products``), steps class A; choices agree across machines wherever the
+    margin in the trace exceeds the rounding error.
+    Cost: per iteration one gradient and one read of every candidate, plus one model's worth for the step.
+    Raises: BadInput, naming the candidate and tensor, for anything that does not fit, is damaged or not finite.
+    Source: FW-Merging (arXiv:2503.12649), alg. 1; Jaggi 2013 (gap); Lacoste-Julien et al. 2013 (products of hulls).
+    """
+    _check(iterations, step_size, scale, step, metric, granularity, missing, space, lora, shards)
+    maker = Inner(inner, inner_parameters, seed=seed)
+    loss = loss or getattr(gradient, "loss", None)
+    if step == "line_search" and loss is None:
+        raise BadInput(
+            "step='line_search' needs the loss", remedy="pass loss=, or a gradient made by fm.gradient"
+        )
+    short = steps.ShortStep(lipschitz, loss) if step == "short" else None
+    if step == "short" and not maker.linear:
+        raise BadInput("step='short' is a formula for inner='task_arithmetic'", remedy="use step='line_search'")
+    with opened_problem(
+        base, candidates, select=select, exclude=exclude, missing=missing, space=space, lora=lora,
+        device=device, shards=shards, group=group, allow_pickle=allow_pickle,
+    ) as problem:  # fmt: skip
+        if problem.layout.sharded and not maker.linear:
+            raise BadInput("sharded tensors need inner='task_arithmetic'", remedy="other methods need whole tensors")
+        pool = problem.pool
+        open_start(problem, init, lambda: maker.start(problem, scale), allow_pickle)
+        if pool_init:
+            problem.add_initial()
+        record = Trace(
+            {
+                "method": "frank_wolfe", "preset": preset, "iterations": iterations, "step": step, "step_size": step_size,
+                "scale": scale, "inner": inner, "inner_parameters": maker.parameters, "granularity": granularity,
+                "metric": metric, "zero_if_ascent": zero_if_ascent, "init": init if isinstance(init, str) else "given",
+                "pool_init": pool_init, "space": problem.space, "seed": seed, "base": problem.base.label,
+            },
+            pool.labels,
+            problem.names if granularity == "layer" else ["model"],
+        )  # fmt: skip
+        weights = Coefficients(problem.names, len(pool.candidates), pool_init)
+        norms = Norms(problem, norm_cache) if metric == "cosine" else None
+        for t in range(iterations):
+            clock = time.perf_counter()
+            found, value = ask(problem, gradient)
+            asked = time.perf_counter()
+            products = measure(problem, found, norms)
+            if t == 0:
+                record.duplicates = duplicates(problem, products)
+            choice = choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
+            chosen = time.perf_counter()
+            picks = dict(zip(products.names, choice.chosen * (1 if granularity == "layer" else len(products.names)), strict=True))
+            here = Iteration(t, value, choice.gap, 0.0, 0.0, *_rows(problem, products, choice, granularity))
+            record.iterations.append(here)
+            here.seconds = {"gradient": asked - clock, "oracle": chosen - asked}
+            done = _stop(products, choice, gap_tolerance)
+            if not done:
+                if step in steps.SEARCHING:
+                    if value is None and loss is not None:
+                        value = here.loss = float(loss(problem.state()))
+                    gamma = _search(problem, maker, picks, found, value, loss, short, search_evaluations, t)
+                    eta = gamma
+                    done = "no step lowers the loss" if gamma == 0 else ""
+                else:
+                    gamma = steps.decaying(step, t, step_size)
+                    eta = scale * gamma
+                del found  # the step needs the memory more
+                here.gamma, here.coefficient = gamma, eta
+                if eta:
+                    maker.step(problem, problem.theta, picks, eta, t)
+                    for name, k in picks.items():
+                        weights.move(name, {k: eta})
+                here.seconds["step"] = time.perf_counter() - chosen
+            record.stopped = done or ("all iterations done" if t + 1 == iterations else "")
+            if trace is not None:
+                record.save(trace)
+            if progress is not None:
+                progress(t + 1, iterations, here)
+            if done:
+                break
+        return FrankWolfeResult(problem.finish(dtype), record, weights.rows if maker.linear else {})
+
+
+def _check(
+    iterations: int, step_size: float, scale: float, step: str, metric: str, granularity: str, missing: str,
+    space: str | None, lora: str, shards: Any,
+) -> None:  # fmt: skip
+    for what, value, known in (
+        ("step", step, steps.RULES),
+        ("metric", metric, ("dot", "cosine")),
+        ("granularity", granularity, ("layer", "model")),
+        ("missing", missing, ("error", "zero")),
+        ("space", space or "weights", ("weights", "deltas")),
+        ("lora", lora, ("product", "factors")),
+    ):
+        if value not in known:
+            raise BadInput(f"{what} must be one of {', '.join(known)}, not {value!r}")
+    if iterations < 0:
+        raise BadInput(f"iterations must be at least 0, not {iterations}")
+    for what, number in (("step_size", step_size), ("scale", scale)):
+        if not (math.isfinite(number) and number >= 0):
+            raise BadInput(f"{what} must be a finite number >= 0, not {number}")
+
+
+def ask(problem: Problem, gradient: GradientFunction) -> tuple[State, float | None]:
+    """The gradient at θ, and the loss when the callable knows it."""
+    with torch.enable_grad():
+        found = gradient(problem.state())
+    value = getattr(gradient, "value", None)
+    return problem.take_gradient(found), None if value is None else float(value)
+
+
+class Norms:
+    """‖s‖² of candidates for cosines: from disk, else computed in the first pass and kept."""
+
+    def __init__(self, problem: Problem, cache: str | Path | bool) -> None:
+        self.problem = problem
+        self.known: dict[str, Tensor] = {}  # [K] per tensor
+        self.cache = None
+        # A process that holds a part of a tensor has a part of its norm: nothing to keep.
+        if cache is not False and not problem.layout.sharded:
+            folder = default_folder() if cache is True else Path(cache)
+            self.cache = NormCache(folder, problem.base, problem.space)
+            stored = self.cache.load(problem.pool.candidates, problem.names)
+            self.known = {n: stored[:, i] for i, n in enumerate(problem.names)}
+
+    def wanted(self, names: Sequence[str]) -> list[bool]:
+        """Per candidate, whether the next pass has to compute its norms."""
+        count = len(self.problem.pool.candidates)
+        return [any(n not in self.known or bool(self.known[n][k].isnan()) for n in names) for k in range(count)]
+
+    def take(self, products: Products, computed: Sequence[bool]) -> None:
+        """Keep the norms of a pass, and complete the pass with those known before."""
+        for i, n in enumerate(products.names):
+            before = self.known.get(n, torch.full_like(products.squares[:, i], float("nan")))
+            products.squares[:, i] = torch.where(torch.tensor(list(computed)), products.squares[:, i], before)
+            self.known[n] = products.squares[:, i].clone()
+        if any(computed) and self.cache is not None:
+            names = list(self.known)
+            table = torch.stack([self.known[n] for n in names], dim=1)
+            self.cache.save(self.problem.pool.candidates, names, table)
+
+
+def measure(problem: Problem, gradients: State, norms: Norms | None) -> Products:
+    """Products over all processes, with norms when the metric needs them."""
+    wanted = norms.wanted(list(gradients)) if norms is not None else [False] * len(problem.pool.candidates)
+    products = problem.pool.products(gradients, problem.theta, norms=wanted)
+    if problem.layout.sharded:
+        products = problem.layout.reduce_products(products, problem.names)
+    if norms is not None:
+        norms.take(products, wanted)
+    return products
+
+
+def duplicates(problem: Problem, products: Products) -> list[tuple[int, int]]:
+    """Pairs of candidates with equal tensors, warned of by name: equal products first, then element by element."""
+    out = []
+    seen: dict[bytes, int] = {}
+    if not bool(products.gradient.any()):
+        return []
+    for k, row in enumerate(products.dots):
+        first = seen.setdefault(row.numpy().tobytes(), k)
+        if first != k and (problem.layout.sharded or problem.pool.same(first, k)):
+            out.append((first, k))
+            a, b = problem.pool.labels[first], problem.pool.labels[k]
+            warnings.warn(f"candidates {a!r} and {b!r} hold the same weights; the second is never chosen", stacklevel=3)
+    return out
+
+
+def _rows(problem: Problem, products: Products, choice: Choice, granularity: str) -> tuple[list[Any], list[Any], list[Any]]:
+    """Choices, scores and margins per layer of the trace; None where a tensor has no gradient."""
+    if granularity == "model":
+        return choice.chosen, choice.scores, choice.margins
+    at = {n: i for i, n in enumerate(products.names)}
+    def lay_out(row: Sequence[Any]) -> list[Any]:
+        return [row[at[n]] if n in at else None for n in problem.names]
+
+    return lay_out(choice.chosen), lay_out(choice.scores), lay_out(choice.margins)
+
+
+def _stop(products: Products, choice: Choice, tolerance: float | None) -> str:
+    if not bool(products.gradient.any()):
+        return "the gradient is zero"
+    if tolerance is not None and choice.gap <= tolerance:
+        return f"the gap is at most {tolerance:g}"
+    return ""
+
+
+def _search(
+    problem: Problem, maker: Inner, picks: Mapping[str, int], found: State, value: float | None,
+    loss: Callable[[State], float] | None, short: steps.ShortStep | None, evaluations: int, t: int,
+) -> float:  # fmt: skip
+    """γ of a searching rule; trial points live in one more copy of θ."""
+    trial = problem.empty()
+
+    def at(gamma: float) -> float:
+        assert loss is not None
+        for name, x in problem.theta.items():
+            trial[name].copy_(x)
+        if gamma:
+            maker.step(problem, trial, picks, gamma, t)
+        return float(loss(problem.state(trial)))
+
+    if short is None:
+        assert value is not None
+        return steps.line_search(at, value, evaluations=evaluations)[0]
+    descent, square = maker.direction(problem, picks, found)
+    return short(descent, square, value, at)[0]
+
+
+__all__ = ["FrankWolfeResult", "GradientFunction", "frank_wolfe"]

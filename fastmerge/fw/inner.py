@@ -1,0 +1,116 @@
+"""The inner merge: θ' = MergeFn(θ, [s], η), any registered method with the current point as its base.
+
+Task arithmetic is the Frank-Wolfe step itself, θ + η(s − θ), and streams in place. Every other method gets θ and the
+whole vertex in memory: one model more, whatever the number of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import methods
+from ..errors import BadInput
+from ..ops import fw_step
+from .problem import Problem, State
+
+SCALES = ("lambda", "t")  # the parameter that takes the step size, in order of preference
+
+
+class Inner:
+    """A registered method as the merge function of one step (and of the start)."""
+
+    def __init__(self, name: str, parameters: Mapping[str, Any] | None, *, seed: int) -> None:
+        self.method = methods.get(name)
+        self.name, self.seed = self.method.name, seed
+        self.parameters = dict(parameters or {})
+        known = self.method.parameters
+        if self.method.needs_data or not any(s in known for s in SCALES):
+            raise BadInput(
+                f"{name} can not be the inner merge: it has no parameter lambda or t to take the step size",
+                remedy="use task_arithmetic, ties, dare_ties, della, fr or another method with a lambda",
+            )
+        for key in self.parameters:
+            if key not in known:
+                raise BadInput(f"inner_parameters: {name} has no {key!r}", remedy=f"it has {', '.join(known)}")
+            if key in SCALES:
+                raise BadInput(f"inner_parameters: {key} is the step size, set by scale and step_size")
+        if "weight" in known:
+            self.parameters.setdefault("weight", 1.0)
+        self.scale = next(s for s in SCALES if s in known)
+        self.linear = self.name == "task_arithmetic" and self.parameters == {"weight": 1.0}
+
+    def merge(self, base: Mapping[str, Tensor], others: Sequence[Any], step: float, seed: int) -> State:
+        """The method over state dicts in memory; float32 in, float32 out."""
+        from ..merging import merge
+
+        merged: State = merge(self.name, base, others, seed=seed, **{**self.parameters, self.scale: step})
+        return merged
+
+    def start(self, problem: Problem, scale: float) -> None:
+        """θ = MergeFn(base, all candidates, scale)."""
+        if self.linear:
+            problem.start_from_sum(scale)
+            return
+        problem.start_from(None)
+        everyone = [vertex(problem, k) for k in range(len(problem.pool.candidates))]
+        problem.theta = self.merge(problem.theta, everyone, scale, self.seed)
+
+    def step(self, problem: Problem, theta: State, picks: Mapping[str, int], step: float, t: int) -> None:
+        """Moves `theta` in place towards the picked vertex of each tensor."""
+        if self.linear:
+
+            def move(name: str, begin: int, end: int) -> None:
+                here = theta[name].view(-1)[begin:end]
+                k = picks[name]
+                s: Tensor | None = None
+                if k >= 0 or problem.space == "deltas":
+                    s = problem.pool.vertex(name, k)(begin, end, "fw0").to(here.device)
+                fw_step([here], [s], step)
+
+            problem.pool.each({n: theta[n].numel() for n in picks}, move)
+            return
+        moved = {n: theta[n] for n in picks}
+        target = {n: vertex(problem, k, [n])[n] for n, k in picks.items()}
+        for n, merged in self.merge(moved, [target], step, self.seed + 1 + t).items():
+            theta[n].copy_(merged)
+
+    def direction(self, problem: Problem, picks: Mapping[str, int], gradients: Mapping[str, Tensor]) -> tuple[float, float]:
+        """(⟨g, θ − s⟩, ‖s − θ‖²) over all tensors and processes, one read of the picked vertices."""
+        found: dict[tuple[str, int], Tensor] = {}
+
+        def add(name: str, begin: int, end: int) -> None:
+            here = problem.theta[name].view(-1)[begin:end]
+            k = picks[name]
+            s: Tensor | None = None
+            if k >= 0 or problem.space == "deltas":
+                s = problem.pool.vertex(name, k)(begin, end, "fw0").to(here.device)
+            g = gradients[name].detach().reshape(-1)[begin:end]
+            sums = fw_step([here], [s], 0.0, gradients=[g])
+            assert sums is not None
+            found[name, begin] = sums[0].cpu()
+
+        counted = {n: problem.parts[n].numel for n in picks if n in gradients and problem.layout.counts(n)}
+        problem.pool.each(counted, add)
+        total = torch.zeros(2, dtype=torch.float64)
+        for key in sorted(found):  # in a fixed order, whatever the threads did
+            total = total + found[key]
+        total = problem.layout.reduce(total)
+        return -float(total[0]), float(total[1])
+
+
+def vertex(problem: Problem, k: int, names: Sequence[str] | None = None) -> State:
+    """Candidate k's weights whole, in float32."""
+    out: State = {}
+    for name in problem.names if names is None else names:
+        out[name] = torch.empty(problem.local_shape(name), dtype=torch.float32, device=problem.device)
+        flat = out[name].view(-1)
+
+        def read(name: str, begin: int, end: int, flat: Tensor = flat) -> None:
+            flat[begin:end] = problem.pool.vertex(name, k)(begin, end, "fw0")
+
+        problem.pool.each({name: flat.numel()}, read)
+    return out

@@ -1,0 +1,236 @@
+"""The linear minimisation oracle over candidates that stream: one read of each per iteration.
+
+Tensors are cut into pieces. While a piece of the gradient is in cache, a few candidates at a time are read into the
+thread's buffers and reduced at once by ``fw_products``, so nothing but K·L numbers remains. Tensors run on several
+threads, each tensor's pieces in order, so the sums are those of ``ops.fw_lmo`` on whole tensors, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..io.pipeline import Files
+from ..io.pipeline import Pool as Workers
+from ..ops import fw_products
+from ..ops.fw_lmo import choose as choose_from
+from ..ops.fw_products import BLOCK, FwProducts
+from .candidates import Candidate, Readable, Zeros
+
+PIECE = 4 * BLOCK  # elements: 1 MB of float32 gradient
+GROUP = 4  # candidates per call: bounds the buffers, whatever the number of candidates
+
+
+@dataclass(frozen=True)
+class Part:
+    """The elements [begin, end) of a flattened tensor that this process holds; `base` is where the base has them."""
+
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    base: int
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass
+class Products:
+    """Sums over each tensor, float64: what one pass over the candidates leaves."""
+
+    names: list[str]
+    dots: Tensor  # [K, L] ⟨g, s⟩
+    squares: Tensor  # [K, L] ‖s‖²; NaN when not asked for
+    point: Tensor  # [L] ⟨g, θ⟩
+    gradient: Tensor  # [L] ‖g‖²
+
+
+class Pool:
+    """Candidates and the base they belong to, as vertices of the hull."""
+
+    def __init__(
+        self,
+        base: Candidate,
+        candidates: Sequence[Candidate],
+        parts: Mapping[str, Part],
+        *,
+        space: str,
+        lacking: Mapping[str, Sequence[int]],
+        workers: Workers,
+        files: Files,
+    ) -> None:
+        self.base, self.candidates, self.parts, self.space = base, list(candidates), dict(parts), space
+        self.lacking = {(name, k) for name, ks in lacking.items() for k in ks}
+        self.workers, self.files = workers, files
+        self.initial = -2  # index of the start among the candidates, when it is one
+
+    def add_initial(self, initial: Candidate) -> None:
+        """The start as the last candidate; unlike the others it holds only this process's part."""
+        self.initial = len(self.candidates)
+        self.candidates.append(initial)
+
+    @property
+    def labels(self) -> list[str]:
+        return [c.label for c in self.candidates]
+
+    def vertex(self, name: str, k: int, space: str = "weights") -> Callable[[int, int, str], Tensor]:
+        """read(begin, end, key) of candidate k's tensor within this process's part; k = -1 is the zero vertex.
+
+        In the space "weights" a point is a tensor of the model, in "deltas" its difference from the base.
+        """
+        part = self.parts[name]
+        absent = k < 0 or (name, k) in self.lacking
+        source: Readable = Zeros() if absent else self.candidates[k].open(name, self.files)
+        is_delta = self.space == "deltas" if absent else self.candidates[k].deltas
+        shift = int(is_delta) - int(space == "deltas")  # +1: add the base, -1: subtract it
+        base = self.base.open(name, self.files) if shift else None
+        first = 0 if k == self.initial else part.begin
+
+        def read(begin: int, end: int, key: str) -> Tensor:
+            buffers = self.workers.buffers
+            x = source.read(first + begin, first + end, buffers, key)
+            if base is None:
+                return x
+            out = buffers.get(key + " moved", end - begin, torch.float32)
+            torch.add(x.float(), base.read(part.base + begin, part.base + end, buffers, "origin"), alpha=shift, out=out)
+            return out
+
+        return read
+
+    def origin(self, name: str) -> Callable[[int, int, str], Tensor]:
+        """read(begin, end, key) of the base's tensor within this process's part."""
+        part, base = self.parts[name], self.base.open(name, self.files)
+        return lambda begin, end, key: base.read(part.base + begin, part.base + end, self.workers.buffers, key)
+
+    def each(self, sizes: Mapping[str, int], visit: Callable[[str, int, int], None]) -> None:
+        """visit(name, begin, end) over pieces of all tensors, from several threads, in no particular order."""
+        jobs = [(n, at, min(at + PIECE, size)) for n, size in sizes.items() for at in range(0, size, PIECE)]
+        self.workers.each(len(jobs), lambda i: visit(*jobs[i]))
+
+    def products(
+        self,
+        gradients: Mapping[str, Tensor],
+        point: Mapping[str, Tensor],
+        *,
+        norms: Sequence[bool],
+        only: Sequence[int] | None = None,
+    ) -> Products:
+        """⟨g, s⟩ of every tensor and candidate in one read, with ⟨g, θ⟩ and ‖g‖²; ‖s‖² of those that `norms` marks.
+
+        Raises BadInput that names the gradient, candidate and tensor where a product is not finite.
+        """
+        names, rows = list(gradients), list(range(len(self.candidates))) if only is None else list(only)
+        count = len(rows)
+        out = Products(
+            names,
+            *(torch.full((count, len(names)), float("nan"), dtype=torch.float64) for _ in range(2)),
+            *(torch.zeros(len(names), dtype=torch.float64) for _ in range(2)),
+        )
+        # Tensors in order of size, the largest first, so that threads end together; a tensor too large for that is cut
+        # by candidates (its gradient is then read once per cut).
+        total = sum(g.numel() for g in gradients.values())
+        jobs: list[tuple[int, list[int]]] = []
+        for i in sorted(range(len(names)), key=lambda i: -gradients[names[i]].numel()):
+            large = self.workers.workers > 1 and gradients[names[i]].numel() * 4 * self.workers.workers > total
+            step = GROUP if large and gradients[names[i]].numel() > PIECE else count
+            jobs += [(i, list(range(at, min(at + step, count)))) for at in range(0, count, step)]
+
+        def run(j: int) -> None:
+            i, members = jobs[j]
+            name = names[i]
+            g = gradients[name].detach().reshape(-1)
+            readers = [self.vertex(name, rows[r], self.space) for r in members]
+            groups = [
+                marked[at : at + GROUP]
+                for wanted in (True, False)
+                for marked in [[r for r in members if norms[r] is wanted]]
+                for at in range(0, len(marked), GROUP)
+            ]
+            carry: list[FwProducts | None] = [None] * (len(groups) + 1)
+            theta = point[name].detach().reshape(-1)
+            origin = self.origin(name) if self.space == "deltas" else None
+            for begin in range(0, g.numel(), PIECE) or (0,):
+                end = min(begin + PIECE, g.numel())
+                here = g[begin:end]
+                if members[0] == 0:
+                    at = theta[begin:end]
+                    if origin is not None:
+                        at = at - origin(begin, end, "origin").to(at)
+                    carry[-1] = fw_products(here, [at], norms=False, carry=carry[-1])
+                for n, group in enumerate(groups):
+                    read = [readers[r - members[0]](begin, end, f"fw{m}") for m, r in enumerate(group)]
+                    read = [x.to(here.device) for x in read]
+                    carry[n] = fw_products(here, read, norms=norms[group[0]], carry=carry[n])
+            for group, sums in zip(groups, carry, strict=False):
+                assert sums is not None
+                out.dots[group, i] = sums.dots.cpu()
+                out.squares[group, i] = sums.sqnorms.cpu()
+            if members[0] == 0 and carry[-1] is not None:
+                out.point[i], out.gradient[i] = carry[-1].dots.cpu()[0], carry[-1].grad_sqnorm.cpu()
+
+        self.workers.each(len(jobs), run)
+        self._check_finite(out, gradients, rows)
+        return out
+
+    def _check_finite(self, p: Products, gradients: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        if bool(torch.isfinite(p.dots.sum() + p.point.sum() + p.gradient.sum())):
+            return
+        for i, name in enumerate(p.names):
+            if not bool(torch.isfinite(gradients[name]).all()):
+                raise BadInput(f"the gradient of {name!r} is not finite", remedy="check the calibration data and loss")
+            for r, k in enumerate(rows):
+                if not bool(torch.isfinite(p.dots[r, i])):
+                    raise BadInput(
+                        f"tensor {name!r} holds NaN or Inf (or overflows float32 in the product)",
+                        where=self.candidates[k].label,
+                        remedy="the candidate is damaged: fetch it again or remove it",
+                    )
+            if not bool(torch.isfinite(p.point[i])):
+                raise BadInput(f"the merged tensor {name!r} is not finite", remedy="lower step_size or scale")
+        raise BadInput("the products with the gradient overflow", remedy="scale the loss down")
+
+    def same(self, a: int, b: int) -> bool:
+        """Whether two candidates are equal in every merged tensor, element for element."""
+
+        def pieces() -> Iterator[bool]:
+            for name, part in self.parts.items():
+                x, y = self.vertex(name, a), self.vertex(name, b)
+                for at in range(0, part.numel, PIECE):
+                    end = min(at + PIECE, part.numel)
+                    yield torch.equal(x(at, end, "fw0").float(), y(at, end, "fw1").float())
+
+        return all(pieces())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the oracle picked. Layer: one entry per tensor; model: one for all."""
+
+    chosen: list[int]  # candidate, or -1 for the zero vertex
+    scores: list[float]  # of the pick
+    margins: list[float]  # how much worse the runner-up is (inf when there is none)
+    gap: float  # max over the hull of ⟨g, θ − s⟩
+    table: Tensor  # [K, L] or [K, 1] scores
+
+
+def choose(p: Products, *, metric: str, granularity: str, zero_if_ascent: bool) -> Choice:
+    """The best vertex by score (the first of equals), and the duality gap, which always uses the inner product."""
+    sums = [FwProducts(p.dots[:, i], p.squares[:, i], p.gradient[i]) for i in range(len(p.names))]
+    picked = choose_from(sums, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
+    table = picked.score
+    best = table.min(0).values
+    margins = [float("inf")] * table.shape[1]
+    if table.shape[0] > 1:
+        two = table.sort(0).values[:2]
+        margins = (two[1] - two[0]).tolist()
+    inner = table if metric == "dot" else choose_from(sums, metric="dot", granularity=granularity).score
+    lowest = inner.min(0).values
+    if zero_if_ascent:
+        lowest = lowest.clamp(max=0)  # the zero vertex is part of the hull
+    return Choice(picked.choice.tolist(), best.tolist(), margins, float(p.point.sum() - lowest.sum()), table)
+

@@ -1,0 +1,74 @@
+"""Named settings, and the decorator that lets an explicit argument win over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..errors import BadInput, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+HARD: dict[str, dict[str, Any]] = {
+    # The authors' code: cosines over raw weights, a tensor whose best cosine is not negative moves towards zero, the
+    # start is one of the candidates.
+    "published": {
+        "metric": "cosine",
+        "granularity": "layer",
+        "zero_if_ascent": True,
+        "pool_init": True,
+        "init": "merge",
+        "iterations": 10,
+        "step": "harmonic",
+        "step_size": 0.1,
+        "scale": 0.29,
+    },
+    # FusionBench's fw_hard: one choice for the model, no zero vertex.
+    "fusion_bench": {
+        "metric": "cosine",
+        "granularity": "model",
+        "zero_if_ascent": False,
+        "pool_init": True,
+        "init": "merge",
+        "iterations": 10,
+        "step": "harmonic",
+        "step_size": 0.1,
+        "scale": 0.3,
+    },
+}
+SOFT: dict[str, dict[str, Any]] = {
+    # FusionBench's fw_soft, the only published soft variant: Adam on unconstrained coefficients.
+    "fusion_bench": {
+        "metric": "cosine",
+        "granularity": "model",
+        "selection": "tasks",
+        "init": "base",
+        "iterations": 10,
+        "constraint": "none",
+        "optimizer": "adam",
+        "inner_steps": 500,
+        "inner_lr": 1e-3,
+        "start": (0.3, 1e-8),
+    },
+}
+SOFT["published"] = SOFT["fusion_bench"]
+
+
+def with_presets(presets: Mapping[str, Mapping[str, Any]]) -> Callable[[F], F]:
+    """`preset="name"` replaces the defaults; arguments that the caller gives stay as given."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, preset: str | None = None, **given: Any) -> Any:
+            if preset is not None and preset not in presets:
+                raise BadInput(
+                    f"unknown preset {preset!r}{did_you_mean(preset, presets)}",
+                    remedy=f"one of {', '.join(sorted(presets))}",
+                )
+            settings = {**(presets[preset] if preset else {}), **given}
+            return function(*args, preset=preset, **settings)
+
+        return run  # type: ignore[return-value]
+
+    return wrap

@@ -1,0 +1,192 @@
+"""Tensors split over processes: which part of each this process holds, and sums over the processes.
+
+Two layouts: DTensors sharded along their first axis (FSDP2, HSDP), whose parts are found from the placements; or plain
+tensors with explicit ranges of the flattened tensor, ``shards={name: (begin, end)}``. Only the K·L products travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .oracle import Part, Products
+
+
+def _dtensor() -> Any:
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:  # torch built without distributed
+        return ()
+    return DTensor
+
+
+class Layout:
+    """Everything in one process."""
+
+    sharded = False
+
+    def local(self, given: Any) -> Any:
+        return given
+
+    def shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Full shapes from those of the base as given."""
+        return shapes
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Part:
+        return Part(shape, 0, torch.Size(shape).numel(), 0)
+
+    def local_shape(self, name: str, part: Part) -> tuple[int, ...]:
+        return part.shape
+
+    def wrap(self, name: str, local: Tensor) -> Tensor:
+        return local
+
+    def unwrap(self, tensor: Any) -> Any:
+        return tensor
+
+    def counts(self, name: str) -> bool:
+        """Whether this process's part enters the sums (a replica does so on one process only)."""
+        return True
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return values
+
+    def reduce_products(self, p: Products, names: list[str]) -> Products:
+        """Products over whole tensors, from those over this process's parts; `names` lists every merged tensor."""
+        return p
+
+
+class _Sharded(Layout):
+    sharded = True
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise BadInput(
+                "sharded tensors need an initialised process group", remedy="call torch.distributed.init_process_group"
+            )
+        self.group = group
+        backend = str(dist.get_backend(group))
+        self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+    def reduce(self, values: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        moved = values.to(self.device)
+        dist.all_reduce(moved, group=self.group)
+        return moved.to(values.device)
+
+    def reduce_products(self, p: Products, names: list[str]) -> Products:
+        k = p.dots.shape[0]
+        where = {n: i for i, n in enumerate(names)}
+        rows = torch.zeros(2 * k + 3, len(names), dtype=torch.float64)
+        for i, name in enumerate(p.names):
+            j = where[name]
+            rows[-1, j] = 1.0  # this process has a gradient of it
+            if not self.counts(name):
+                continue
+            rows[:k, j] = p.dots[:, i]
+            rows[k : 2 * k, j] = p.squares[:, i]
+            rows[2 * k, j], rows[2 * k + 1, j] = p.point[i], p.gradient[i]
+        rows = self.reduce(rows)
+        kept = [j for j in range(len(names)) if rows[-1, j] > 0]
+        if not kept:
+            raise BadInput("no process has a gradient of a merged tensor", remedy="does the loss depend on them?")
+        rows = rows[:, kept]
+        return Products([names[j] for j in kept], rows[:k], rows[k : 2 * k], rows[2 * k], rows[2 * k + 1])
+
+
+class _Ranges(_Sharded):
+    def __init__(self, shards: Mapping[str, tuple[int, int]], group: Any) -> None:
+        super().__init__(group)
+        self.ranges = dict(shards)
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Part:
+        size = torch.Size(shape).numel()
+        begin, end = self.ranges.get(name, (0, 0))
+        if not 0 <= begin <= end <= size:
+            raise BadInput(f"shards[{name!r}] is ({begin}, {end}), the flattened tensor has {size} elements")
+        return Part(shape, begin, end, begin)
+
+    def local_shape(self, name: str, part: Part) -> tuple[int, ...]:
+        whole = part.end - part.begin == torch.Size(part.shape).numel()
+        return part.shape if whole else (part.end - part.begin,)
+
+
+class _DTensors(_Sharded):
+    def __init__(self, base: Mapping[str, Any], group: Any) -> None:
+        super().__init__(group)
+        from torch.distributed.tensor import Replicate, Shard
+
+        self.like = {n: t for n, t in base.items() if isinstance(t, _dtensor())}
+        self.first: dict[str, bool] = {}
+        for name, t in self.like.items():
+            split = [p for p in t.placements if not isinstance(p, Replicate)]
+            # Exactly Shard: subclasses interleave the rows.
+            if len(split) > 1 or any(type(p) is not Shard or p.dim != 0 for p in split):
+                raise BadInput(
+                    f"tensor {name!r} has placements {t.placements}",
+                    remedy="shard it along its first axis: t.redistribute(placements=[Shard(0)])",
+                )
+            coordinate = t.device_mesh.get_coordinate() or []
+            self.first[name] = all(
+                c == 0 for c, p in zip(coordinate, t.placements, strict=True) if isinstance(p, Replicate)
+            )
+
+    def local(self, given: Any) -> Any:
+        return {n: t.to_local() if n in self.like else t for n, t in given.items()}
+
+    def shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(self.like[n].shape) if n in self.like else s for n, s in shapes.items()}
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Part:
+        size = torch.Size(shape).numel()
+        if name not in self.like:
+            return Part(shape, 0, size, 0)
+        t = self.like[name]
+        row = size // shape[0] if shape and shape[0] else 0
+        begin = 0
+        for axis, placement in enumerate(t.placements):
+            if placement.is_shard():
+                rank, count = t.device_mesh.get_coordinate()[axis], t.device_mesh.size(axis)
+                chunk = -(-shape[0] // count)  # DTensor splits as torch.chunk does
+                begin = min(rank * chunk, shape[0]) * row
+        return Part(shape, begin, begin + t.to_local().numel(), 0)
+
+    def local_shape(self, name: str, part: Part) -> tuple[int, ...]:
+        return tuple(self.like[name].to_local().shape) if name in self.like else part.shape
+
+    def wrap(self, name: str, local: Tensor) -> Tensor:
+        if name not in self.like:
+            return local
+        t = self.like[name]
+        wrapped: Tensor = _dtensor().from_local(
+            local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+        )
+        return wrapped
+
+    def unwrap(self, tensor: Any) -> Any:
+        return tensor.to_local() if isinstance(tensor, _dtensor()) else tensor
+
+    def counts(self, name: str) -> bool:
+        if name in self.first:
+            return self.first[name]
+        import torch.distributed as dist
+
+        return dist.get_rank(self.group) == 0
+
+
+def layout_of(base: Any, shards: Mapping[str, tuple[int, int]] | None, group: Any) -> Layout:
+    """The layout the arguments imply."""
+    kind = _dtensor()
+    if isinstance(base, Mapping) and any(isinstance(t, kind) for t in base.values()):
+        if shards is not None:
+            raise BadInput("shards= is for plain tensors; DTensors carry their own layout")
+        return _DTensors(base, group)
+    return Layout() if shards is None else _Ranges(shards, group)
