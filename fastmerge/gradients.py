@@ -124,7 +124,9 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lend(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[dict[str, nn.Parameter]]:
+def _lend(
+    model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Iterator[dict[str, nn.Parameter]]:
     """The module with `state`'s weights; yields its parameters that got one. Everything is put back afterwards."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     lent = {n: p for n, p in parameters.items() if n in state}

@@ -104,7 +104,9 @@ class LoraCandidate(Candidate):
                 raise BadInput(f"adapter tensor {name!r} has no partner {other!r}", where=self.label)
             a, b = checkpoint.shape(name), checkpoint.shape(other)
             if len(a) != 2 or len(b) != 2 or b[1] != a[0]:
-                raise BadInput(f"{name!r} of shape {list(a)} and its partner {list(b)} have no product", where=self.label)
+                raise BadInput(
+                    f"{name!r} of shape {list(a)} and its partner {list(b)} have no product", where=self.label
+                )
             r = _pattern(ranks, module, int(rank))
             scaling = _pattern(alphas, module, float(alpha)) / (r**0.5 if config.get("use_rslora") else r)
             # lora_embedding_A is [r, vocabulary] and the weight [vocabulary, width]: the product is transposed.

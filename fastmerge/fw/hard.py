@@ -109,9 +109,7 @@ def frank_wolfe(
     maker = Inner(inner, inner_parameters, seed=seed)
     loss = loss or getattr(gradient, "loss", None)
     if step == "line_search" and loss is None:
-        raise BadInput(
-            "step='line_search' needs the loss", remedy="pass loss=, or a gradient made by fm.gradient"
-        )
+        raise BadInput("step='line_search' needs the loss", remedy="pass loss=, or a gradient made by fm.gradient")
     short = steps.ShortStep(lipschitz, loss) if step == "short" else None
     if step == "short" and not maker.linear:
         raise BadInput("step='short' is a formula for inner='task_arithmetic'", remedy="use step='line_search'")
@@ -146,7 +144,9 @@ def frank_wolfe(
                 record.duplicates = duplicates(problem, products)
             choice = choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
             chosen = time.perf_counter()
-            picks = dict(zip(products.names, choice.chosen * (1 if granularity == "layer" else len(products.names)), strict=True))
+            picks = dict(
+                zip(products.names, choice.chosen * (1 if granularity == "layer" else len(products.names)), strict=True)
+            )
             here = Iteration(t, value, choice.gap, 0.0, 0.0, *_rows(problem, products, choice, granularity))
             record.iterations.append(here)
             here.seconds = {"gradient": asked - clock, "oracle": chosen - asked}
@@ -264,11 +264,14 @@ def duplicates(problem: Problem, products: Products) -> list[tuple[int, int]]:
     return out
 
 
-def _rows(problem: Problem, products: Products, choice: Choice, granularity: str) -> tuple[list[Any], list[Any], list[Any]]:
+def _rows(
+    problem: Problem, products: Products, choice: Choice, granularity: str
+) -> tuple[list[Any], list[Any], list[Any]]:
     """Choices, scores and margins per layer of the trace; None where a tensor has no gradient."""
     if granularity == "model":
         return choice.chosen, choice.scores, choice.margins
     at = {n: i for i, n in enumerate(products.names)}
+
     def lay_out(row: Sequence[Any]) -> list[Any]:
         return [row[at[n]] if n in at else None for n in problem.names]
 

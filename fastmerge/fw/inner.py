@@ -14,7 +14,10 @@ from torch import Tensor
 
 from .. import methods
 from ..errors import BadInput
+from ..io.checkpoint import Checkpoint, from_state_dict
+from ..merging import merge_checkpoints
 from ..ops import fw_step
+from ..recipe import Recipe
 from .problem import Problem, State
 
 SCALES = ("lambda", "t")  # the parameter that takes the step size, in order of preference
@@ -43,21 +46,29 @@ class Inner:
         self.scale = next(s for s in SCALES if s in known)
         self.linear = self.name == "task_arithmetic" and self.parameters == {"weight": 1.0}
 
-    def merge(self, base: Mapping[str, Tensor], others: Sequence[Any], step: float, seed: int) -> State:
-        """The method over state dicts in memory; float32 in, float32 out."""
-        from ..merging import merge
-
-        merged: State = merge(self.name, base, others, seed=seed, **{**self.parameters, self.scale: step})
-        return merged
+    def merge(self, base: Checkpoint, others: Sequence[Checkpoint], step: float, seed: int) -> State:
+        """The method over checkpoints, to float32 tensors in memory."""
+        parameters = {**self.parameters, self.scale: step}
+        labels = [f"models[{i}]" for i in range(len(others))]
+        recipe = Recipe.from_call(self.name, "base", labels, parameters, out_dtype="float32", seed=seed)
+        return merge_checkpoints(recipe, base, others)
 
     def start(self, problem: Problem, scale: float) -> None:
         """θ = MergeFn(base, all candidates, scale)."""
         if self.linear:
             problem.start_from_sum(scale)
             return
-        problem.start_from(None)
-        everyone = [vertex(problem, k) for k in range(len(problem.pool.candidates))]
-        problem.theta = self.merge(problem.theta, everyone, scale, self.seed)
+        base = only(problem.base.checkpoint, problem.names)
+        lacking = {k for _, k in problem.pool.lacking}
+        everyone = [
+            # Files are streamed; adapters and incomplete candidates are made whole first.
+            from_state_dict(vertex(problem, k), c.label)
+            if c.deltas or k in lacking
+            else only(c.checkpoint, problem.names)
+            for k, c in enumerate(problem.pool.candidates)
+        ]
+        merged = self.merge(base, everyone, scale, self.seed)
+        problem.theta = {n: t.to(problem.device) for n, t in merged.items()}
 
     def step(self, problem: Problem, theta: State, picks: Mapping[str, int], step: float, t: int) -> None:
         """Moves `theta` in place towards the picked vertex of each tensor."""
@@ -73,12 +84,15 @@ class Inner:
 
             problem.pool.each({n: theta[n].numel() for n in picks}, move)
             return
-        moved = {n: theta[n] for n in picks}
-        target = {n: vertex(problem, k, [n])[n] for n, k in picks.items()}
-        for n, merged in self.merge(moved, [target], step, self.seed + 1 + t).items():
+        here = from_state_dict({n: theta[n] for n in picks}, "the current point")
+        target = from_state_dict({n: vertex(problem, k, [n])[n] for n, k in picks.items()}, "the vertex")
+        # Random methods draw anew in every iteration.
+        for n, merged in self.merge(here, [target], step, self.seed + 1 + t).items():
             theta[n].copy_(merged)
 
-    def direction(self, problem: Problem, picks: Mapping[str, int], gradients: Mapping[str, Tensor]) -> tuple[float, float]:
+    def direction(
+        self, problem: Problem, picks: Mapping[str, int], gradients: Mapping[str, Tensor]
+    ) -> tuple[float, float]:
         """(⟨g, θ − s⟩, ‖s − θ‖²) over all tensors and processes, one read of the picked vertices."""
         found: dict[tuple[str, int], Tensor] = {}
 
@@ -100,6 +114,18 @@ class Inner:
             total = total + found[key]
         total = problem.layout.reduce(total)
         return -float(total[0]), float(total[1])
+
+
+def only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """The same checkpoint seen as holding just these tensors, each under its own name."""
+    out = Checkpoint(checkpoint.label, checkpoint.folder)
+    for name in names:
+        held = checkpoint.aliases.get(name, name)
+        if held in checkpoint.entries:
+            out.entries[name] = checkpoint.entries[held]
+        else:
+            out.resident[name] = checkpoint.resident[held]
+    return out
 
 
 def vertex(problem: Problem, k: int, names: Sequence[str] | None = None) -> State:

@@ -233,4 +233,3 @@ def choose(p: Products, *, metric: str, granularity: str, zero_if_ascent: bool) 
     if zero_if_ascent:
         lowest = lowest.clamp(max=0)  # the zero vertex is part of the hull
     return Choice(picked.choice.tolist(), best.tolist(), margins, float(p.point.sum() - lowest.sum()), table)
-

@@ -73,8 +73,7 @@ class Problem:
         given = self.layout.local(given)
         self.base = Candidate(as_checkpoint(given, "base", allow_pickle=allow_pickle))
         opened = [
-            open_candidate(c, k, allow_pickle=allow_pickle, factors=lora == "factors")
-            for k, c in enumerate(candidates)
+            open_candidate(c, k, allow_pickle=allow_pickle, factors=lora == "factors") for k, c in enumerate(candidates)
         ]
         if not opened:
             raise BadInput("there are no candidates", remedy="give at least one model besides the base")
@@ -113,9 +112,7 @@ class Problem:
             touched = {n for c in adapters for n in c.names()}
             merged = [n for n in merged if n in touched]
             self.parts = {n: self.parts[n] for n in merged}
-        self.pool = Pool(
-            self.base, opened, self.parts, space=self.space, lacking=lacking, workers=workers, files=files
-        )
+        self.pool = Pool(self.base, opened, self.parts, space=self.space, lacking=lacking, workers=workers, files=files)
         self.adapters = frozenset(k for k, c in enumerate(opened) if c.deltas)
         self.names = merged
         self.device = torch.device(device) if device is not None else self._device()
@@ -156,8 +153,8 @@ class Problem:
             raise BadInput(f"gradient returned a {type(found).__name__}, not a mapping from names to tensors")
         known = self.base.checkpoint
         out: State = {}
-        for name, g in found.items():
-            name = known.aliases.get(name, name)
+        for given, g in found.items():
+            name: str = known.aliases.get(given, given)
             if name in self.fixed or g is None:
                 continue
             if name not in self.parts:

@@ -86,7 +86,9 @@ def frank_wolfe_soft(
     Raises: BadInput, as hard.
     Source: FW-Merging (arXiv:2503.12649), soft variant.
     """
-    _check(iterations, top_k, constraint, optimizer, inner_steps, inner_lr, per, selection, granularity, metric, gradient)
+    _check(
+        iterations, top_k, constraint, optimizer, inner_steps, inner_lr, per, selection, granularity, metric, gradient
+    )
     loss_known = inner_gradient or gradient
     with opened_problem(
         base, candidates, select=select, exclude=exclude, missing=missing, space=space, lora=lora,
@@ -274,4 +276,3 @@ def inner_products(g: Tensor, others: Sequence[Tensor]) -> Tensor:
     """[K] ⟨g, x⟩, float64."""
     g = g.detach().reshape(-1)
     return fw_products(g, [x.reshape(-1).to(g.device) for x in others], norms=False).dots.cpu()
-

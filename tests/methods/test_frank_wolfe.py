@@ -120,7 +120,8 @@ def test_published_coefficients():
 
 
 @pytest.mark.parametrize(
-    ("preset", "granularity", "zero", "scale"), [("published", "layer", True, 0.29), ("fusion_bench", "model", False, 0.3)]
+    ("preset", "granularity", "zero", "scale"),
+    [("published", "layer", True, 0.29), ("fusion_bench", "model", False, 0.3)],
 )
 def test_presets(preset, granularity, zero, scale):
     base, candidates, target, curvature = toy(seed=5, shift=0.3)
@@ -181,9 +182,7 @@ def test_short_step_with_a_known_constant():
     # L = 2, gap = 12, |s − θ|² = 16: γ = 12 / 32.
     gradient = Quadratic({"w": [3.0, 0.0]}, {"w": [1.0, 1.0]})
     pool = [{"w": torch.tensor([4.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}]
-    got = fw.frank_wolfe(
-        {"w": torch.zeros(2)}, pool, gradient, init="base", step="short", lipschitz=2.0, iterations=1
-    )
+    got = fw.frank_wolfe({"w": torch.zeros(2)}, pool, gradient, init="base", step="short", lipschitz=2.0, iterations=1)
     assert got.trace.iterations[0].gamma == 0.375
     assert got.state_dict["w"].tolist() == [1.5, 0.0]
 
@@ -192,7 +191,9 @@ def test_gap_stops_the_run():
     base, candidates, _, curvature = toy(1, count=3)
     gradient = Quadratic({n: sum(c[n] for c in candidates) / 3 for n in base}, curvature)
     pool = [torched(c) for c in candidates]
-    got = fw.frank_wolfe(torched(base), pool, gradient, init=pool[0], step="line_search", iterations=200, gap_tolerance=0.5)
+    got = fw.frank_wolfe(
+        torched(base), pool, gradient, init=pool[0], step="line_search", iterations=200, gap_tolerance=0.5
+    )
     gaps = [i.gap for i in got.trace.iterations]
     assert gaps[-1] <= 0.5 < min(gaps[:-1])
     assert got.trace.stopped == "the gap is at most 0.5"
@@ -268,7 +269,13 @@ def test_what_is_not_merged():
     pool = [{n: t + 1 for n, t in base.items()} for _ in range(2)]
     pool[1]["w"] = pool[1]["w"] + 1
     got = fw.frank_wolfe(
-        base, pool, lambda s: {"w": torch.ones(3), "frozen": None}, exclude="norm", scale=0.5, step_size=1.0, iterations=1
+        base,
+        pool,
+        lambda s: {"w": torch.ones(3), "frozen": None},
+        exclude="norm",
+        scale=0.5,
+        step_size=1.0,
+        iterations=1,
     )
     # No gradient: the start's value (5 + ½·(1 + 1)); excluded and integer tensors: the base's.
     assert got.state_dict["frozen"].tolist() == [6.0, 6.0]
@@ -283,7 +290,10 @@ def test_tied_tensors_stay_tied():
     base = {"embed.weight": w, "head.weight": w}
     other = torch.ones(4, 2)
     got = fw.frank_wolfe(
-        base, [{"embed.weight": other, "head.weight": other}], lambda s: {"embed.weight": -torch.ones(4, 2)}, iterations=1
+        base,
+        [{"embed.weight": other, "head.weight": other}],
+        lambda s: {"embed.weight": -torch.ones(4, 2)},
+        iterations=1,
     )
     assert got.state_dict["head.weight"] is got.state_dict["embed.weight"]
     assert got.choices == [[0]]
@@ -362,3 +372,25 @@ def test_wrapper_keeps_the_signature():
         "base", "candidates", "gradient", "iterations", "step_size", "scale", "inner", "granularity", "metric",
         "zero_if_ascent", "init", "preset",
     ]  # fmt: skip
+
+
+def test_any_registered_method_is_an_inner_merge():
+    base, candidates, target, curvature = toy(9)
+    normalized = {"weight": 2.0, "normalize": True}  # Σ wᵢ δᵢ / Σ wᵢ: the mean delta, not their sum
+    got = fw.frank_wolfe(
+        torched(base), [torched(c) for c in candidates], Quadratic(target, curvature),
+        inner_parameters=normalized, iterations=3, step_size=1.0, scale=0.4,
+    )  # fmt: skip
+    theta = {n: base[n] + 0.4 * sum(c[n] - base[n] for c in candidates) / 4 for n in base}
+    choices = []
+    for t in range(3):
+        g = {n: curvature[n] * (theta[n] - target[n]) for n in base}
+        pick = [int(np.argmin([np.sum(g[n] * c[n]) for c in candidates])) for n in base]
+        for n, k in zip(base, pick, strict=True):
+            theta[n] = theta[n] + 0.4 * 2 / (t + 2) * (candidates[k][n] - theta[n])
+        choices.append(pick)
+    assert got.choices == choices
+    for n in base:
+        np.testing.assert_allclose(got.state_dict[n].numpy(), theta[n], rtol=2e-6, atol=2e-6)
+    assert got.coefficients == {}
+    assert got.trace.settings["inner_parameters"] == normalized

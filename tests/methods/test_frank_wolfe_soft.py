@@ -98,7 +98,9 @@ def soft_formula(base, candidates, target, curvature, *, metric, k, lr, inner, i
                 slope[:, i] = [np.sum(curvature[n] * (at - target[n]) * d) for d in deltas]
             w = project(w - lr * slope)
         for i, n in enumerate(NAMES):
-            theta[n] = theta[n] + sum(a * (candidates[j][n] - theta[n]) for a, j in zip(w[:, i], picks[:, i], strict=True))
+            theta[n] = theta[n] + sum(
+                a * (candidates[j][n] - theta[n]) for a, j in zip(w[:, i], picks[:, i], strict=True)
+            )
         history.append((picks.T.tolist(), w.T.tolist()))
     return theta, history
 
