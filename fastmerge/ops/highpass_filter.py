@@ -79,6 +79,7 @@ def highpass_filter(
 
 # Elements per thread of a block of rows (columns): input and spectrum together stay in a core's L2.
 _ROW_BLOCK, _COLUMN_BLOCK = 1 << 17, 1 << 16
+_LEAST = 32  # transforms a call at least: for a length with a large prime factor, setting one up costs several of them
 _GROUP_BYTES = 64 << 20  # spectrum columns held at a time for a batch of small matrices
 
 
@@ -88,7 +89,6 @@ def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
     One transform alone takes another route through MKL than two or more, with other bits; in company, a transform's
     result depends neither on how many there are nor on the threads. So none is ever alone.
     """
-    size = max(2, size)
     begin = 0
     while begin < count:
         end = count if count - begin <= size + 1 else begin + size
@@ -131,7 +131,8 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
     suffix = "f64" if compute == torch.float64 else "f32"
     complex_dtype = torch.complex128 if compute == torch.float64 else torch.complex64
     half, count, height = plan.width // 2 + 1, len(plan.columns), plan.height
-    row_block, column_block = threads * _ROW_BLOCK // plan.width, threads * _COLUMN_BLOCK // height
+    row_block = max(_LEAST, threads * _ROW_BLOCK // plan.width)
+    column_block = max(_LEAST, threads * _COLUMN_BLOCK // height)
     columns = plan.columns.data_ptr()
 
     def address(t: Tensor, row: int) -> int:
