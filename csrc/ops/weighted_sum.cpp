@@ -37,8 +37,8 @@ FM_SIMD void fold(double* acc, const double* x, double w, bool first, std::int64
 
 template <class C>
 void run(std::uintptr_t out, Dtype out_type, const std::vector<std::uintptr_t>& in, const std::vector<Dtype>& types,
-         std::int64_t n, bool has_base, const std::vector<double>& weight, bool normalize, double divisor, double scale,
-         int threads) {
+         std::int64_t n, bool has_base, bool add_base, const std::vector<double>& weight, bool normalize, double divisor,
+         double scale, int threads) {
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) C base[kBlock], x[kBlock], acc[kBlock];
     for (std::int64_t at = begin; at < end; at += kBlock) {
@@ -52,18 +52,18 @@ void run(std::uintptr_t out, Dtype out_type, const std::vector<std::uintptr_t>& 
       }
       if (normalize) divide_block(acc, static_cast<C>(divisor), m);
       if (scale != 1.0) scale_block(acc, static_cast<C>(scale), m);
-      if (has_base) add_block(acc, b, m);
+      if (has_base && add_base) add_block(acc, b, m);
       store_block(out_type, out, at, m, acc);
     }
   });
 }
 
 void weighted_sum(std::uintptr_t out, int out_type, const std::vector<std::uintptr_t>& in,
-                  const std::vector<int>& type_codes, std::int64_t n, bool has_base, const std::vector<double>& weight,
-                  bool normalize, double divisor, double scale, int threads) {
+                  const std::vector<int>& type_codes, std::int64_t n, bool has_base, bool add_base,
+                  const std::vector<double>& weight, bool normalize, double divisor, double scale, int threads) {
   const auto types = dtypes(type_codes);
-  (any_f64(types) ? run<double> : run<float>)(out, static_cast<Dtype>(out_type), in, types, n, has_base, weight,
-                                              normalize, divisor, scale, threads);
+  (any_f64(types) ? run<double> : run<float>)(out, static_cast<Dtype>(out_type), in, types, n, has_base, add_base,
+                                              weight, normalize, divisor, scale, threads);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 """The operators: tensor arithmetic that knows nothing of models. One line each; see the modules for the law."""
 
+from .abs_sum import abs_sum
 from .consensus_merge import consensus_merge
 from .expert_scatter import expert_scatter
 from .fw_lmo import fw_lmo
@@ -16,6 +17,7 @@ from .weighted_sum import weighted_sum
 __all__ = [
     "Threshold",
     "Window",
+    "abs_sum",
     "consensus_merge",
     "expert_scatter",
     "fw_lmo",

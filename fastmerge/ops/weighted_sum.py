@@ -42,6 +42,7 @@ def weighted_sum(
     *,
     normalize: bool = False,
     scale: float = 1.0,
+    add_base: bool = True,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -54,6 +55,7 @@ def weighted_sum(
         base: [...] any shape, or None.
         models: K >= 1 tensors of base's shape; dtypes may differ.
         weight: one number, or one per model.
+        add_base: False gives the weighted delta alone, without the base.
         dtype: of the result; default: base's, else the first model's.
         out: filled and returned when given (it may be one of the inputs).
 
@@ -79,7 +81,7 @@ def weighted_sum(
         total = total / torch.tensor(divisor, dtype=compute)
     if scale != 1.0:
         total = total * torch.tensor(scale, dtype=compute)
-    if origin is not None:
+    if origin is not None and add_base:
         total = origin + total
     if torch.is_grad_enabled() and total.requires_grad and out is None:
         return total.to(result.dtype)
@@ -96,6 +98,7 @@ def _weighted_sum_cpu(
     *,
     normalize: bool = False,
     scale: float = 1.0,
+    add_base: bool = True,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -110,6 +113,7 @@ def _weighted_sum_cpu(
         [_native.DTYPES[t.dtype] for t in inputs],
         dense.numel(),
         base is not None,
+        add_base,
         weights,
         normalize,
         divisor,
@@ -119,8 +123,13 @@ def _weighted_sum_cpu(
     return dense if dense is result else result.copy_(dense)
 
 
-@weighted_sum.backend("triton", when=lambda base, models, weight, **_: _triton.why_not(base, *models))
-def _weighted_sum_triton(base, models, weight, *, normalize=False, scale=1.0, dtype=None, out=None):  # type: ignore[no-untyped-def]
+@weighted_sum.backend(
+    "triton",
+    when=lambda base, models, weight, *, add_base=True, **_: (
+        _triton.why_not(base, *models) if add_base else "the kernel always adds the base"
+    ),
+)
+def _weighted_sum_triton(base, models, weight, *, normalize=False, scale=1.0, add_base=True, dtype=None, out=None):  # type: ignore[no-untyped-def]
     weights, divisor = _scalars(base, models, weight, normalize)
     result = result_like("weighted_sum", base if base is not None else models[0], dtype, out)
     dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
@@ -136,6 +145,12 @@ def _models(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], coun
 def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     base, *models = _models(g, dtype, (131, 257), 4)
     return (base, models, [0.3, -0.7, 1.1]), {"scale": 0.9}
+
+
+@weighted_sum.case("deltas alone")
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    base, *models = _models(g, dtype, (77, 129), 3)
+    return (base, models, [0.5, -1.5]), {"add_base": False}
 
 
 @weighted_sum.case("linear, normalised")
