@@ -23,6 +23,7 @@ from ._method import (
     method,
     registered,
 )
+from .fr import fr
 from .linear import linear
 from .task_arithmetic import task_arithmetic
 
@@ -40,6 +41,7 @@ __all__ = [
     "Range",
     "TensorStream",
     "Weight",
+    "fr",
     "get",
     "linear",
     "method",

@@ -153,6 +153,14 @@ class TensorStream(Protocol):
         """Everything, in the tensor's shape: O(tensor) memory."""
         ...
 
+    def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Work memory of the tensor's shape, on its device, reused from tensor to tensor; contents undefined."""
+        ...
+
+    def put(self, offset: int, values: Tensor) -> None:
+        """Store a flat chunk of the result, cast to the output dtype."""
+        ...
+
     def emit(self, result: Tensor, *, add_base: bool = False) -> None:
         """Store the result (the tensor's shape, any float dtype); with add_base, base + result."""
         ...

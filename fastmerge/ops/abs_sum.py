@@ -48,9 +48,7 @@ def abs_sum(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows).cpu()
 
 
-@abs_sum.backend(
-    "cpu", when=lambda base, models: _native.cpu_why_not(*models, *([] if base is None else [base]))
-)
+@abs_sum.backend("cpu", when=lambda base, models: _native.cpu_why_not(*models, *([] if base is None else [base])))
 def _abs_sum_cpu(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     _prepare(base, models)
     tensors = [t.contiguous() for t in ([] if base is None else [base]) + list(models)]
