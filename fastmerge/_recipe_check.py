@@ -101,8 +101,9 @@ class _Compiler:
                 self.report(
                     f"{name} applies to the whole merge, not to one model", at, "move it to the top-level parameters:"
                 )
-            elif (setting := parse(parameter, value, at, self.report)) is not None and used:
-                out[name] = setting
+            elif used:
+                # a bad value is reported, and must not be reported again as a missing one
+                out[name] = parse(parameter, value, at, self.report) or Setting((), at)
         return out
 
     def check_ref(self, ref: ModelRef, path: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
 # Tensors outside the layers that come before them; all others come after. Only gradients and slices care.
 _BEFORE = re.compile(
-    r"(?<!un)embed(?!_out)|wte|wpe|(^|\.)emb|position|patch|cls_token|class_token|token_type|stem|"
+    r"(?<!un)embed(?!_out)|wte|wpe|(^|\.)emb(?!ed)|position|patch|cls_token|class_token|token_type|stem|"
     r"(^|\.)conv1|conv_in|ln_pre|pre_?layr?norm|(^|\.)tok_"
 )
 

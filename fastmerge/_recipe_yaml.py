@@ -99,7 +99,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, marks: Marks) -
             here = f"{marks.source}:{key_node.start_mark.line + 1}"
             if key is None:
                 raise BadInput("a key must be a plain word", where=here)
-            if own.count(key) > 1:
+            if key in out and own.count(key) > 1:
                 raise BadInput(
                     f"key {key!r} is written twice in the same place", where=here, remedy="remove one of them"
                 )
