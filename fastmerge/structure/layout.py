@@ -71,7 +71,6 @@ class Layout:
         return Layout(tuple(tuple(factor(f) for f in s) for s in self.segments))
 
 
-
 def _parse_sum(tokens: list[str | int], text: str) -> tuple[Layout, list[str | int]]:
     segments: list[Segment] = []
     while True:

@@ -186,7 +186,12 @@ class PermutationSpec:
         return out
 
     def permute(
-        self, name: str, tensor: Tensor, perms: Perms, skip: int | None = None, gather: Callable[..., Tensor] | None = None
+        self,
+        name: str,
+        tensor: Tensor,
+        perms: Perms,
+        skip: int | None = None,
+        gather: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """The tensor with every axis (but `skip`) permuted; the tensor itself when nothing moves.
 
