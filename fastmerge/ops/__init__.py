@@ -7,16 +7,19 @@ from .fw_lmo import fw_lmo
 from .fw_products import fw_products
 from .fw_step import fw_step
 from .highpass_filter import highpass_filter
+from .pearson import pearson
 from .permute import permute
 from .permute_merge import permute_merge
 from .random_mask import random_mask
 from .threshold import Threshold, Window, topk_thresholds
 from .topk_mask import topk_mask
 from .weighted_sum import weighted_sum
+from .zip_match import ZipMatch, zip_match
 
 __all__ = [
     "Threshold",
     "Window",
+    "ZipMatch",
     "abs_sum",
     "consensus_merge",
     "expert_scatter",
@@ -24,10 +27,12 @@ __all__ = [
     "fw_products",
     "fw_step",
     "highpass_filter",
+    "pearson",
     "permute",
     "permute_merge",
     "random_mask",
     "topk_mask",
     "topk_thresholds",
     "weighted_sum",
+    "zip_match",
 ]

@@ -20,7 +20,7 @@ from ..errors import BadInput
 from ._domain import EXPLODE, Axes, Family, Node, Product, Sum, Tree, size
 from ._rules import RULES, Context, Value
 from .layout import Layout, free_parents
-from .permutation import AxisSpec, Group, PermutationSpec
+from .permutation import AxisSpec, Group, PermutationSpec, normalise
 
 
 @contextlib.contextmanager
@@ -326,7 +326,7 @@ def build(walk: Walk, known: set[str]) -> tuple[PermutationSpec, dict[int, str]]
     for name, value in values.items():
         found = []
         for axis, tree in enumerate(value.dims):
-            made = layout(tree)
+            made = normalise(layout(tree))
             if any(True for _ in made.groups()):
                 role = "in" if (name, axis) in walk.context.consumed else "out"
                 found.append(AxisSpec(axis, made, role))
