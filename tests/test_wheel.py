@@ -1,0 +1,80 @@
+"""A wheel, built from the clone and installed away from it, holds what it should and merges."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from checkpoints import load, near, save, tiny_state
+
+CLONE = Path(__file__).parents[1]
+
+
+def _run(*command, **options):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    environment = {**os.environ, "FASTMERGE_BUILD": "cpu", "FASTMERGE_BUILD_DIR": str(folder / "cmake")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    _run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        CLONE,
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        folder,
+        env=environment,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    """The interpreter of an environment that has the wheel, and this environment's libraries but not its fastmerge."""
+    folder = tmp_path_factory.mktemp("environment")
+    _run(sys.executable, "-m", "venv", "--without-pip", folder)
+    site = Path(_run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(site)
+    # A .pth adds the libraries behind site-packages; .pth files in there (an editable fastmerge's) are not followed.
+    own = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
+    (site / "libraries.pth").write_text("\n".join(dict.fromkeys(own)) + "\n")
+    return folder / "bin" / "python"
+
+
+def test_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {n.partition("/")[0] for n in names}
+    assert {t for t in top if not t.endswith(".dist-info")} == {"fastmerge"}
+    assert any(n.startswith("fastmerge/_C") and n.endswith(".so") for n in names)
+    for wanted in ("fastmerge/py.typed", "fastmerge/triton_kernels/__init__.py", "fastmerge/benchmarks/__init__.py"):
+        assert wanted in names
+    assert any(n.startswith("fastmerge/csrc/common/") for n in names)
+    assert not [n for n in names if n.endswith((".cpp", ".o")) or "/tests/" in n]
+
+
+def test_merges_away_from_the_clone(python, tmp_path):
+    base = tiny_state()
+    folders = [save(tmp_path / "base", base), save(tmp_path / "a", near(base, 1)), save(tmp_path / "b", near(base, 2))]
+    code = (
+        "import sys, fastmerge as fm, fastmerge.triton_kernels, fastmerge.benchmarks\n"
+        "assert 'environment' in fm.__file__, fm.__file__\n"
+        "base, a, b, out = sys.argv[1:]\n"
+        "report = fm.merge('task_arithmetic', base, [a, b], weight=0.5, out=out)\n"
+        "assert report.backends == {'weighted_sum': 'cpu'}, report.backends\n"
+    )
+    _run(python, "-c", code, *folders, tmp_path / "out", cwd=tmp_path)
+    assert set(load(tmp_path / "out")) == set(base)
