@@ -1,0 +1,139 @@
+"""Timing that can be compared: alternating calls, percentiles, and ceilings measured in the same run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmerge
+from fastmerge import _native
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call."""
+
+    p20: float
+    p50: float
+    p80: float
+    calls: int
+
+
+def _percentiles(seconds: list[float]) -> Times:
+    ordered = sorted(seconds)
+    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return Times(pick(0.2), pick(0.5), pick(0.8), len(ordered))
+
+
+def _once(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def side_by_side(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    budget: float = 1.0,
+    reset: Callable[[], None] | None = None,
+) -> dict[str, Times]:
+    """Time each call in turn, A B C A B C, for about `budget` seconds each, at least 3 and at most 50 rounds.
+
+    A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first. On CUDA
+    events are used and a 256 MB write between calls flushes the L2 cache.
+    """
+    flush = torch.empty(64 << 20, dtype=torch.float32, device=device) if device.type == "cuda" else None
+    cost = {}
+    for name, call in calls.items():
+        if reset is not None:
+            reset()
+        call()
+        if reset is not None:
+            reset()
+        cost[name] = _once(call, device)
+    rounds = max(3, min(50, int(budget * len(calls) / max(sum(cost.values()), 1e-9))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for r in range(rounds):
+        for name, call in calls.items():
+            # A call that alone eats the budget is not repeated more than three times.
+            if r >= 3 and sum(seconds[name]) > 3 * budget:
+                continue
+            if reset is not None:
+                reset()
+            if flush is not None:
+                flush.zero_()
+            seconds[name].append(_once(call, device))
+    return {name: _percentiles(s) for name, s in seconds.items()}
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this machine can do, through torch: copy, read and triad in bytes/s, FFT and GEMM in flop/s."""
+    n = 16 << 20  # 64 MiB of float32, beyond any cache
+    a, b, c = (torch.ones(n, device=device) for _ in range(3))
+    x = torch.randn(2048, 2048, device=device)
+    y, z = torch.randn(2048, 2048, device=device), torch.empty(2048, 2048, device=device)
+    calls: dict[str, tuple[Callable[[], Any], float]] = {
+        "copy": (lambda: b.copy_(a), 8.0 * n),
+        "read": (lambda: a.sum(), 4.0 * n),
+        "triad": (lambda: torch.add(a, b, alpha=2.0, out=c), 12.0 * n),
+        "gemm": (lambda: torch.mm(x, y, out=z), 2.0 * 2048**3),
+        "rfft2": (lambda: torch.fft.rfft2(x), 2.5 * 2048 * 2048 * 22),
+    }
+    times = side_by_side({k: v[0] for k, v in calls.items()}, device, budget=0.3)
+    return {name: amount / times[name].p20 for name, (_, amount) in calls.items()}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a row was measured."""
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "driver": _driver() if gpu else None,
+        "threads": _native.threads(),
+        "fastmerge": fastmerge.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = next(line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({os.cpu_count()} CPUs)"
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except OSError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
