@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _native
+
 Perms = Mapping[int, "Tensor | Sequence[int]"]
 
 
@@ -87,6 +89,31 @@ def collapse(shape: Sequence[int], perms: Mapping[int, Tensor]) -> list[Axis]:
     return axes
 
 
+def native_axes(shape: Sequence[int], perms: Mapping[int, Tensor]) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    """The collapsed view as (size, address of an int64 index or 0), and what keeps the addresses alive."""
+    axes, alive = [], []
+    for axis in collapse(shape, perms):
+        if axis.index is None:
+            axes.append((axis.size, 0))
+            continue
+        alive.append(axis.index.to("cpu", torch.int64).contiguous())
+        axes.append((axis.size, alive[-1].data_ptr()))
+    return axes, alive
+
+
+def require_bijections_native(op: str, many: Sequence[Mapping[int, Tensor]], group: str, names: Sequence[str]) -> None:
+    """:func:`require_bijection` for every index of a call, in C++, each tensor of indices once."""
+    checked: set[int] = set()
+    for perms, name in zip(many, names, strict=True):
+        for axis, index in perms.items():
+            if id(index) in checked:
+                continue
+            checked.add(id(index))
+            dense = index.to(torch.int64).contiguous()
+            if _native.lib().check_permutation(dense.data_ptr(), dense.numel()) >= 0:
+                require_bijection(index, where(op, group, name, axis))
+
+
 def gather(x: Tensor, perms: Mapping[int, Tensor]) -> Tensor:
     """The law: ``out[i] = x[perm[i]]`` along each axis, whole blocks where the index is shorter than the axis."""
     for axis, index in perms.items():
@@ -94,8 +121,9 @@ def gather(x: Tensor, perms: Mapping[int, Tensor]) -> Tensor:
         if index.numel() == x.shape[axis]:
             x = x.index_select(axis, index)
         else:
-            blocks = x.unflatten(axis, (index.numel(), -1))
-            x = blocks.index_select(axis, index).flatten(axis, axis + 1)
+            n, shape = index.numel(), x.shape
+            blocks = x.reshape(*shape[:axis], n, shape[axis] // n, *shape[axis + 1 :])
+            x = blocks.index_select(axis, index).reshape(shape)
     return x
 
 

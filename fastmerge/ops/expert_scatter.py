@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import compute_dtype, require_float
 
@@ -111,6 +112,50 @@ def expert_scatter(
         flat[at] = new
         if flat.data_ptr() != t.data_ptr() or not t.is_contiguous():
             t.copy_(flat.view(t.shape))
+    return saved[0] if isinstance(x, Tensor) else saved
+
+
+def _flat(*values: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [t for v in values for t in ([v] if isinstance(v, Tensor) else v)]
+
+
+@expert_scatter.backend("cpu", when=lambda x, index, value, **_: _native.cpu_why_not(*_flat(x, value)))
+def _expert_scatter_cpu(
+    x: Tensor | Sequence[Tensor],
+    index: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Sequence[float] = 1.0,
+    mode: str = "add",
+    check: bool = True,
+) -> Tensor | list[Tensor]:
+    xs, indices, values, scales = prepare(x, index, value, scale, mode)
+    lib, threads = _native.lib(), _native.threads()
+    indices = [i.contiguous() for i in indices]
+    if check:
+        for n, (t, i) in enumerate(zip(xs, indices, strict=True)):
+            if not lib.check_positions(i.data_ptr(), i.dtype == torch.int64, i.numel(), t.numel()):
+                require_increasing(i, t.numel(), n)
+    saved = []
+    for t, i, v, s in zip(xs, indices, values, scales, strict=True):
+        dense, v = t.contiguous(), v.contiguous()
+        old = torch.empty(i.numel(), dtype=t.dtype)
+        lib.expert_scatter(
+            dense.data_ptr(),
+            _native.DTYPES[t.dtype],
+            i.data_ptr(),
+            i.dtype == torch.int64,
+            v.data_ptr(),
+            _native.DTYPES[v.dtype],
+            old.data_ptr(),
+            i.numel(),
+            s,
+            mode == "add",
+            threads,
+        )
+        if dense is not t:
+            t.copy_(dense)
+        saved.append(old)
     return saved[0] if isinstance(x, Tensor) else saved
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import require_float, require_like
-from .fw_products import FwProducts, fw_products
+from .fw_products import FwProducts, fw_products, native
 
 METRICS = ("dot", "cosine")
 GRANULARITIES = ("layer", "model")
@@ -119,8 +120,31 @@ def fw_lmo(
     return choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
 
 
+@fw_lmo.backend(
+    "cpu",
+    when=lambda gradients, candidates, **_: _native.cpu_why_not(*gradients, *(t for c in candidates for t in c)),
+)
+def _fw_lmo_cpu(
+    gradients: Sequence[Tensor],
+    candidates: Sequence[Sequence[Tensor]],
+    *,
+    metric: str = "dot",
+    granularity: str = "layer",
+    zero_if_ascent: bool = False,
+    sqnorms: Tensor | None = None,
+) -> FwChoice:
+    prepare(gradients, candidates, metric, granularity, sqnorms)
+    k = len(candidates)
+    totals = torch.zeros(len(gradients), 2 * k + 1, dtype=torch.float64)
+    native(gradients, candidates, sqnorms is None, totals)
+    if sqnorms is not None:
+        totals[:, k : 2 * k] = sqnorms.T
+    products = [FwProducts(row[:k], row[k : 2 * k], row[2 * k]) for row in totals]
+    return choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
+
+
 def _inputs(g: torch.Generator, dtype: torch.dtype, count: int, **kwargs: object):  # type: ignore[no-untyped-def]
-    shapes = [(64, 33), (33,), (), (300, 257), (0, 5)]
+    shapes = [(64, 33), (33,), (), (40, 57), (0, 5)]
     gradients = [torch.randn(s, generator=g).to(dtype) for s in shapes]
     return (gradients, [[torch.randn(s, generator=g).to(dtype) for s in shapes] for _ in range(count)]), kwargs
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like
 
@@ -85,6 +86,40 @@ def fw_products(
         torch.tensor(squares, dtype=torch.float64, device=gradient.device),
         torch.tensor(total(g * g, carry.grad_sqnorm.item()), dtype=torch.float64, device=gradient.device),
     )
+
+
+def native(gradients: Sequence[Tensor], candidates: Sequence[Sequence[Tensor]], norms: bool, totals: Tensor) -> Tensor:
+    """Adds the products of L tensors to `totals` [L, 2K + 1] (dots, squares, |g|²) and returns it."""
+    rows = [[g.contiguous(), *(s[n].contiguous() for s in candidates)] for n, g in enumerate(gradients)]
+    addresses = [[t.data_ptr() for t in row] for row in rows]
+    codes = [[_native.DTYPES[t.dtype] for t in row] for row in rows]
+    _native.lib().fw_products(
+        totals.data_ptr(),
+        [a[0] for a in addresses],
+        [c[0] for c in codes],
+        [a[1:] for a in addresses],
+        [c[1:] for c in codes],
+        [g.numel() for g in gradients],
+        norms,
+        _native.threads(),
+    )
+    return totals
+
+
+@fw_products.backend("cpu", when=lambda gradient, candidates, **_: _native.cpu_why_not(gradient, *candidates))
+def _fw_products_cpu(
+    gradient: Tensor, candidates: Sequence[Tensor], *, norms: bool = True, carry: FwProducts | None = None
+) -> FwProducts:
+    prepare(gradient, candidates, carry)
+    k = len(candidates)
+    totals = torch.zeros(1, 2 * k + 1, dtype=torch.float64)
+    if carry is not None:
+        totals[0] = torch.cat([carry.dots, carry.sqnorms, carry.grad_sqnorm.reshape(1)])
+    native([gradient], [[s] for s in candidates], norms, totals)
+    dots, squares, square = totals[0].split([k, k, 1])
+    if not norms and carry is None:
+        squares = torch.full_like(squares, float("nan"))
+    return FwProducts(dots, squares, square.reshape(()))
 
 
 def _inputs(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int):  # type: ignore[no-untyped-def]

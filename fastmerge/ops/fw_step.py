@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import compute_dtype, per_model, require_float, require_like
 from .fw_products import total
@@ -75,8 +76,48 @@ def fw_step(
     return None if gradients is None else products
 
 
+@fw_step.backend(
+    "cpu",
+    when=lambda params, vertices, gamma, *, gradients=None, **_: _native.cpu_why_not(
+        *params, *(v for v in vertices if v is not None), *(gradients or [])
+    ),
+)
+def _fw_step_cpu(
+    params: Sequence[Tensor],
+    vertices: Sequence[Tensor | None],
+    gamma: float | Sequence[float] | Tensor,
+    *,
+    gradients: Sequence[Tensor] | None = None,
+    allow_low_precision: bool = False,
+) -> Tensor | None:
+    gammas = prepare(params, vertices, gamma, gradients, allow_low_precision)
+    thetas = [p.contiguous() for p in params]
+    ends = [None if s is None else s.contiguous() for s in vertices]
+    slopes: list[Tensor | None] = [None] * len(params)
+    if gradients is not None:
+        for n, (g, p, s) in enumerate(zip(gradients, thetas, ends, strict=True)):
+            slopes[n] = g.to(compute_dtype(p) if s is None else compute_dtype(p, s)).contiguous()
+    products = torch.zeros(len(params), 2, dtype=torch.float64)
+    _native.lib().fw_step(
+        products.data_ptr(),
+        [t.data_ptr() for t in thetas],
+        [_native.DTYPES[t.dtype] for t in thetas],
+        [0 if s is None else s.data_ptr() for s in ends],
+        [0 if s is None else _native.DTYPES[s.dtype] for s in ends],
+        [0 if g is None else g.data_ptr() for g in slopes],
+        [0 if g is None else _native.DTYPES[g.dtype] for g in slopes],
+        [t.numel() for t in thetas],
+        gammas,
+        _native.threads(),
+    )
+    for p, t in zip(params, thetas, strict=True):
+        if t is not p:
+            p.copy_(t)
+    return None if gradients is None else products
+
+
 def _inputs(g: torch.Generator, theta: torch.dtype, vertex: torch.dtype, **kwargs: object):  # type: ignore[no-untyped-def]
-    shapes = [(64, 33), (33,), (), (130, 257), (0, 5)]
+    shapes = [(64, 33), (33,), (), (70, 57), (0, 5)]
     params, vertices = ([torch.randn(s, generator=g).to(d) for s in shapes] for d in (theta, vertex))
     return (params, vertices, 0.37), kwargs
 

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import require_float, result_like
-from ._permutations import Perms, as_lists, gather, normalize, require_bijection, where
+from ._permutations import (
+    Perms,
+    as_lists,
+    gather,
+    native_axes,
+    normalize,
+    require_bijection,
+    require_bijections_native,
+    where,
+)
+
+
+class Move(NamedTuple):
+    """One tensor of a call, validated."""
+
+    x: Tensor
+    perms: dict[int, Tensor]
+    result: Tensor  # the tensor to fill
+    fresh: bool  # result was allocated by us
+    name: str
 
 
 def prepare(
-    op: str, x: Tensor, perms: Perms, out: Tensor | None, group: str, name: str, check: bool
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Validated permutations of x's axes, and the tensor to fill."""
-    require_float(op, **{f"tensor {name!r}" if name else "x": x})
-    found = normalize(op, x.shape, perms, group, name)
-    if check:
-        for axis, index in found.items():
-            require_bijection(index, where(op, group, name, axis))
-    return found, result_like(op, x, None, out)
+    x: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    out: Tensor | Sequence[Tensor] | None,
+    group: str,
+    names: str | Sequence[str],
+) -> list[Move]:
+    """Every tensor of a call with its permutations (lengths and dtypes checked) and the tensor to fill."""
+    (xs, outs), many, labels = as_lists("permute", (x, out), perms, names)
+    moves = []
+    for t, o, p, name in zip(xs, outs, many, labels, strict=True):
+        assert t is not None
+        require_float("permute", **{f"tensor {name!r}" if name else "x": t})
+        found = normalize("permute", t.shape, p, group, name)
+        moves.append(Move(t, found, result_like("permute", t, t.dtype, o), o is None, name))
+    return moves
 
 
 @op(numerics="A", kind="selection")
@@ -54,15 +82,64 @@ def permute(
         an index of a wrong length, or one that is not a permutation (naming group, tensor, axis and entry).
     Source: Git Re-Basin (arXiv:2209.04836); MuDSC (arXiv:2403.01753), sec. 3.
     """
-    (xs, outs), many, labels = as_lists("permute", (x, out), perms, names)
+    moves = prepare(x, perms, out, group, names)
+    if check:
+        for m in moves:
+            for axis, index in m.perms.items():
+                require_bijection(index, where("permute", group, m.name, axis))
     results = []
-    for t, o, p, name in zip(xs, outs, many, labels, strict=True):
-        assert t is not None
-        found, result = prepare("permute", t, p, o, group, name, check)
-        moved = gather(t, found)
-        differentiable = torch.is_grad_enabled() and moved.requires_grad and o is None
-        results.append((moved.clone() if moved is t else moved) if differentiable else result.copy_(moved))
+    for m in moves:
+        moved = gather(m.x, m.perms)
+        if torch.is_grad_enabled() and moved.requires_grad and m.fresh:
+            results.append(moved.clone() if moved is m.x else moved)
+        else:
+            results.append(m.result.copy_(moved))
     return results[0] if isinstance(x, Tensor) else results
+
+
+def _flat(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+
+
+@permute.backend("cpu", when=lambda x, perms, *, out=None, **_: _native.cpu_why_not(*_flat(x), *_flat(out)))
+def _permute_cpu(
+    x: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    check: bool = True,
+    group: str = "",
+    names: str | Sequence[str] = "",
+) -> Tensor | list[Tensor]:
+    moves = prepare(x, perms, out, group, names)
+    if check:
+        require_bijections_native("permute", [m.perms for m in moves], group, [m.name for m in moves])
+    for m in moves:
+        if m.result.data_ptr() == m.x.data_ptr() and m.result.stride() == m.x.stride():
+            _permute_in_place(m)
+            continue
+        source = m.x.contiguous()
+        dense = m.result if m.result.is_contiguous() else torch.empty(m.result.shape, dtype=m.result.dtype)
+        axes, _alive = native_axes(source.shape, m.perms)
+        _native.lib().permute(
+            dense.data_ptr(), source.data_ptr(), source.element_size(), source.numel(), axes, _native.threads()
+        )
+        if dense is not m.result:
+            m.result.copy_(dense)
+    return moves[0].result if isinstance(x, Tensor) else [m.result for m in moves]
+
+
+def _permute_in_place(m: Move) -> None:
+    """One axis after the other: they commute."""
+    x = m.x.contiguous()
+    for axis, index in m.perms.items():
+        dense = index.to(torch.int64).contiguous()
+        outer, n = math.prod(x.shape[:axis]), dense.numel()
+        if x.numel():
+            inner = x.numel() // (outer * n) * x.element_size()
+            _native.lib().permute_axis(x.data_ptr(), outer, n, inner, dense.data_ptr(), _native.threads())
+    if x is not m.x:
+        m.result.copy_(x)
 
 
 def _case(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], **perms: int):  # type: ignore[no-untyped-def]

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like, result_like
-from ._permutations import Perms, as_lists, gather, normalize, require_bijection, where
+from ._permutations import (
+    Perms,
+    as_lists,
+    gather,
+    native_axes,
+    normalize,
+    require_bijection,
+    require_bijections_native,
+    where,
+)
+
+
+class Pair(NamedTuple):
+    """One pair of tensors of a call, validated."""
+
+    base: Tensor
+    other: Tensor
+    perms: dict[int, Tensor]
+    result: Tensor  # the tensor to fill
+    fresh: bool  # result was allocated by us
+    name: str
 
 
 def prepare(
-    base: Tensor, other: Tensor, perms: Perms, dtype: torch.dtype | None, out: Tensor | None, group: str, name: str,
-    check: bool,
-) -> tuple[dict[int, Tensor], Tensor]:  # fmt: skip
-    """Validated permutations of other's axes, and the tensor to fill."""
-    label = f"tensor {name!r}" if name else "base"
-    require_float("permute_merge", **{label: base})
-    require_like("permute_merge", base, [other], f"other of {name!r}" if name else "other")
-    if out is not None and out.data_ptr() == other.data_ptr() and out.numel():
-        raise ValueError("permute_merge: out may be base, but not other: its elements are read in another order")
-    found = normalize("permute_merge", base.shape, perms, group, name)
-    if check:
-        for axis, index in found.items():
-            require_bijection(index, where("permute_merge", group, name, axis))
-    return found, result_like("permute_merge", base, dtype, out)
+    base: Tensor | Sequence[Tensor],
+    other: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    dtype: torch.dtype | None,
+    out: Tensor | Sequence[Tensor] | None,
+    group: str,
+    names: str | Sequence[str],
+) -> list[Pair]:
+    """Every pair of a call with its permutations (lengths and dtypes checked) and the tensor to fill."""
+    (bases, others, outs), many, labels = as_lists("permute_merge", (base, other, out), perms, names)
+    pairs = []
+    for b, t, o, p, name in zip(bases, others, outs, many, labels, strict=True):
+        assert b is not None
+        assert t is not None
+        require_float("permute_merge", **{f"tensor {name!r}" if name else "base": b})
+        require_like("permute_merge", b, [t], f"other of {name!r}" if name else "other")
+        if o is not None and o.data_ptr() == t.data_ptr() and o.numel():
+            raise ValueError("permute_merge: out may be base, but not other: its elements are read in another order")
+        found = normalize("permute_merge", b.shape, p, group, name)
+        pairs.append(Pair(b, t, found, result_like("permute_merge", b, dtype, o), o is None, name))
+    return pairs
 
 
 @op(numerics="A", kind="elementwise")
@@ -61,18 +90,62 @@ def permute_merge(
     Raises: as :func:`permute`; ValueError when shapes or devices differ or `out` is `other`.
     Source: MuDSC (arXiv:2403.01753), sec. 3; Git Re-Basin (arXiv:2209.04836).
     """
-    (bases, others, outs), many, labels = as_lists("permute_merge", (base, other, out), perms, names)
+    pairs = prepare(base, other, perms, dtype, out, group, names)
+    if check:
+        for p in pairs:
+            for axis, index in p.perms.items():
+                require_bijection(index, where("permute_merge", group, p.name, axis))
     results = []
-    for b, t, o, p, name in zip(bases, others, outs, many, labels, strict=True):
-        assert b is not None
-        assert t is not None
-        found, result = prepare(b, t, p, dtype, o, group, name, check)
-        compute = compute_dtype(b, t)
-        left = b.to(compute) * torch.tensor(1.0 - weight, dtype=compute)
-        total = left + gather(t, found).to(compute) * torch.tensor(weight, dtype=compute)
-        differentiable = torch.is_grad_enabled() and total.requires_grad and o is None
-        results.append(total.to(result.dtype) if differentiable else result.copy_(total))
+    for p in pairs:
+        compute = compute_dtype(p.base, p.other)
+        left = p.base.to(compute) * torch.tensor(1.0 - weight, dtype=compute)
+        total = left + gather(p.other, p.perms).to(compute) * torch.tensor(weight, dtype=compute)
+        differentiable = torch.is_grad_enabled() and total.requires_grad and p.fresh
+        results.append(total.to(p.result.dtype) if differentiable else p.result.copy_(total))
     return results[0] if isinstance(base, Tensor) else results
+
+
+def _flat(*values: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    return [t for v in values if v is not None for t in ([v] if isinstance(v, Tensor) else v)]
+
+
+@permute_merge.backend(
+    "cpu", when=lambda base, other, perms, weight=0.5, *, out=None, **_: _native.cpu_why_not(*_flat(base, other, out))
+)
+def _permute_merge_cpu(
+    base: Tensor | Sequence[Tensor],
+    other: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    weight: float = 0.5,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    check: bool = True,
+    group: str = "",
+    names: str | Sequence[str] = "",
+) -> Tensor | list[Tensor]:
+    pairs = prepare(base, other, perms, dtype, out, group, names)
+    if check:
+        require_bijections_native("permute_merge", [p.perms for p in pairs], group, [p.name for p in pairs])
+    for p in pairs:
+        b, t = p.base.contiguous(), p.other.contiguous()
+        dense = p.result if p.result.is_contiguous() else torch.empty(p.result.shape, dtype=p.result.dtype)
+        axes, _alive = native_axes(t.shape, p.perms)
+        _native.lib().permute_merge(
+            dense.data_ptr(),
+            _native.DTYPES[dense.dtype],
+            b.data_ptr(),
+            _native.DTYPES[b.dtype],
+            t.data_ptr(),
+            _native.DTYPES[t.dtype],
+            b.numel(),
+            axes,
+            weight,
+            _native.threads(),
+        )
+        if dense is not p.result:
+            p.result.copy_(dense)
+    return pairs[0].result if isinstance(base, Tensor) else [p.result for p in pairs]
 
 
 def _case(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], **perms: int):  # type: ignore[no-untyped-def]

@@ -1,7 +1,12 @@
 import pytest
 import torch
+from checks import check_op
 
 from fastmerge.ops import expert_scatter
+
+
+def test_backends_agree_with_the_reference():
+    assert check_op(expert_scatter, backends=["cpu"]) >= 80
 
 
 def test_golden_table():

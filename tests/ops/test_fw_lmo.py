@@ -2,11 +2,15 @@ import math
 
 import pytest
 import torch
-from checks import assert_same_bits
+from checks import assert_same_bits, check_op
 
 from fastmerge.ops import fw_lmo, fw_products
 from fastmerge.ops.fw_lmo import choose
 from fastmerge.ops.fw_products import BLOCK
+
+
+def test_backends_agree_with_the_reference():
+    assert check_op(fw_lmo, backends=["cpu"]) >= 55
 
 
 def test_golden_table():

@@ -1,7 +1,12 @@
 import pytest
 import torch
+from checks import check_op
 
 from fastmerge.ops import fw_step
+
+
+def test_backends_agree_with_the_reference():
+    assert check_op(fw_step, backends=["cpu"]) >= 24
 
 
 def test_golden_table():

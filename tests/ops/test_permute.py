@@ -1,8 +1,12 @@
 import pytest
 import torch
-from checks import assert_same_bits
+from checks import assert_same_bits, check_op
 
 from fastmerge.ops import permute
+
+
+def test_backends_agree_with_the_reference():
+    assert check_op(permute, backends=["cpu"]) >= 120
 
 
 def test_golden_table():
