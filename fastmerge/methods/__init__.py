@@ -24,7 +24,14 @@ from ._method import (
     registered,
 )
 from .fr import fr
+from .karcher import karcher
 from .linear import linear
+from .model_stock import model_stock
+from .multislerp import multislerp
+from .nearswap import nearswap
+from .nuslerp import nuslerp
+from .passthrough import passthrough
+from .slerp import slerp
 from .task_arithmetic import task_arithmetic
 
 __all__ = [
@@ -43,9 +50,16 @@ __all__ = [
     "Weight",
     "fr",
     "get",
+    "karcher",
     "linear",
     "method",
+    "model_stock",
+    "multislerp",
     "names",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "slerp",
     "task_arithmetic",
 ]
 

@@ -6,6 +6,7 @@ from .expert_scatter import expert_scatter
 from .fw_lmo import fw_lmo
 from .fw_products import fw_products
 from .fw_step import fw_step
+from .gram_blocks import gram, gram_blocks
 from .highpass_filter import highpass_filter
 from .pearson import pearson
 from .permute import permute
@@ -26,6 +27,8 @@ __all__ = [
     "fw_lmo",
     "fw_products",
     "fw_step",
+    "gram",
+    "gram_blocks",
     "highpass_filter",
     "pearson",
     "permute",

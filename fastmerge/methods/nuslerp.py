@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ._gram import nuslerp_coefficients, stream_gram
+from ._method import Context, PerModel, TensorStream, method
+
+
+@method(base="optional", models=(2, 2), grain="stream")
+def nuslerp(
+    tensor: TensorStream,
+    *,
+    weight: PerModel[float],
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    context: Context,
+) -> None:
+    """Spherical interpolation between two models (their deltas when a base is given), over tensors, rows or columns.
+
+    The share of the second is w₂ / (w₁ + w₂). ``nuslerp_flatten: false`` interpolates along the last axis, with
+    ``nuslerp_row_wise: true`` along the first.
+    """
+    total = weight[0] + weight[1]
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    if nuslerp_flatten or len(tensor.shape) < 2:
+        coefficients = nuslerp_coefficients(stream_gram(tensor, deltas=tensor.has_base), t)
+
+        def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+            tensor.put(offset, ops.weighted_sum(base, models, coefficients, dtype=context.dtype))
+
+        tensor.for_each(visit)
+        return
+    base, models = tensor.whole()
+    wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
+    a, b = (m.to(wide) if base is None else m.to(wide) - base.to(wide) for m in models)
+    tensor.emit(_along(a, b, t, 0 if nuslerp_row_wise else -1), add_base=base is not None)
+
+
+def _along(a: Tensor, b: Tensor, t: float, axis: int) -> Tensor:
+    length = a.norm(dim=axis, keepdim=True) * b.norm(dim=axis, keepdim=True)
+    cos = torch.where(length > 0, (a * b).sum(axis, keepdim=True) / length, 1.0).clamp(-1, 1)
+    phi = cos.acos()
+    colinear = 1 - cos * cos <= 1e-16
+    sin = torch.where(colinear, 1.0, phi.sin())
+    first = torch.where(colinear, 1 - t, ((1 - t) * phi).sin() / sin)
+    second = torch.where(colinear, t, (t * phi).sin() / sin)
+    return first * a + second * b
