@@ -79,7 +79,14 @@ class Job:
             for t in merged
         )
 
-    def stream(self, tensor: Planned, put: Callable[[int, Tensor], None], *, check: bool) -> Stream:
+    def stream(
+        self,
+        tensor: Planned,
+        put: Callable[[int, Tensor], None],
+        place: Callable[[int, int], Tensor] | None = None,
+        *,
+        check: bool,
+    ) -> Stream:
         def inspect(label: str, offset: int, chunk: Tensor) -> None:
             count = _count_nonfinite(chunk)
             if count:
@@ -88,7 +95,7 @@ class Job:
         return Stream(
             tensor.name, tensor.base, tensor.models,
             parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start, chunk=self.chunk, pool=self.pool,
-            put=put, inspect=inspect if check and self.nan != "allow" else None,
+            put=put, place=place, inspect=inspect if check and self.nan != "allow" else None,
         )  # fmt: skip
 
     def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
@@ -116,7 +123,7 @@ class Job:
 
         place(begin, end) gives the buffer a chunk's result may be written to; put(begin, values) stores it.
         """
-        stream = self.stream(tensor, put, check=True)
+        stream = self.stream(tensor, put, place, check=True)
         method, parameters = self.method, tensor.plan.parameters
         context = Context(
             name=tensor.name,

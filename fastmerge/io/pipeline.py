@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, ops
 from .checkpoint import Checkpoint
 from .safetensors import Entry, pread_into
 
@@ -177,6 +177,7 @@ class Stream:
         chunk: int,
         pool: Pool,
         put: Callable[[int, Tensor], None],
+        place: Callable[[int, int], Tensor] | None = None,
         inspect: Callable[[str, int, Tensor], None] | None = None,
     ) -> None:
         self.name, self.base, self.models = name, base, list(models)
@@ -186,7 +187,7 @@ class Stream:
             self.numel *= d
         self.parameters, self.out_dtype, self.start = parameters, out_dtype, start
         self.count, self.has_base = len(models), base is not None
-        self.pool, self._chunk, self._put, self._inspect = pool, chunk, put, inspect
+        self.pool, self._chunk, self._put, self._place, self._inspect = pool, chunk, put, place, inspect
         self._inspected = False
         self.resident = all(s.tensor is not None for s in ([base] if base else []) + self.models)
 
@@ -250,17 +251,21 @@ class Stream:
 
     def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Work memory of the tensor's shape, reused from tensor to tensor; contents undefined."""
-        if self.resident:
-            device = self.models[0].tensor.device if self.models[0].tensor is not None else None
-            return torch.empty(self.shape, dtype=dtype, device=device)
+        held = self.models[0].tensor
+        if held is not None and held.device.type != "cpu":
+            return torch.empty(self.shape, dtype=dtype, device=held.device)
         return self.pool.buffers.get("work " + key, self.numel, dtype).view(self.shape)
+
+    def place(self, begin: int, end: int) -> Tensor | None:
+        """Where elements [begin, end) of the result may be written before they are put, if anywhere."""
+        return None if self._place is None else self._place(begin, end)
 
     def put(self, offset: int, values: Tensor) -> None:
         """Store a flat chunk of the result, cast to the output dtype."""
         self._put(offset, values if values.dtype == self.out_dtype else values.to(self.out_dtype))
 
     def emit(self, result: Tensor, *, add_base: bool = False) -> None:
-        """Store the whole result; with add_base, base + result in the result's precision (float32 at least)."""
+        """Store the whole result; with add_base, base + result in float32 (float64 if one of them is), rounded once."""
         if tuple(result.shape) != tuple(self.shape):
             raise ValueError(f"{self.name}: the method returned shape {tuple(result.shape)}, expected {self.shape}")
         flat = result.reshape(-1)
@@ -271,13 +276,13 @@ class Stream:
         if self.base is None:
             raise ValueError(f"{self.name}: there is no base to add")
         source = self.base
-        wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
         pieces = list(self.chunks())
 
         def task(i: int) -> None:
             begin, end = pieces[i]
             base = source.read(begin, end, self.pool.buffers, "base")
-            self.put(begin, base.to(wide) + flat[begin:end].to(wide))
+            here = [base, flat[begin:end]]
+            self.put(begin, ops.weighted_sum(None, here, 1.0, dtype=self.out_dtype, out=self.place(begin, end)))
 
         self.pool.each(len(pieces), task)
 

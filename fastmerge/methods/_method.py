@@ -157,6 +157,10 @@ class TensorStream(Protocol):
         """Work memory of the tensor's shape, on its device, reused from tensor to tensor; contents undefined."""
         ...
 
+    def place(self, begin: int, end: int) -> Tensor | None:
+        """Where elements [begin, end) of the result may be written before they are put, if anywhere."""
+        ...
+
     def put(self, offset: int, values: Tensor) -> None:
         """Store a flat chunk of the result, cast to the output dtype."""
         ...

@@ -71,7 +71,8 @@ def fr(
     if not filtered:
 
         def merge(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-            tensor.put(offset, ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype))
+            out = tensor.place(offset, offset + models[0].numel())
+            tensor.put(offset, ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out))
 
         tensor.for_each(merge)
         return
