@@ -199,12 +199,13 @@ def _check(
             raise BadInput(f"{what} must be a finite number >= 0, not {number}")
 
 
-def ask(problem: Problem, gradient: GradientFunction) -> tuple[State, float | None]:
-    """The gradient at θ, and the loss when the callable knows it."""
+def ask(problem: Problem, gradient: GradientFunction, at: State | None = None) -> tuple[State, float | None]:
+    """The gradient at θ (or another point), and the loss when the callable knows it."""
     with torch.enable_grad():
-        found = gradient(problem.state())
+        found = gradient(problem.state(at))
     value = getattr(gradient, "value", None)
-    return problem.take_gradient(found), None if value is None else float(value)
+    taken = problem.take_gradient(found, getattr(gradient, "aliases", None))
+    return taken, None if value is None else float(value)
 
 
 class Norms:

@@ -86,7 +86,8 @@ class Pool:
         part = self.parts[name]
         absent = k < 0 or (name, k) in self.lacking
         source: Readable = Zeros() if absent else self.candidates[k].open(name, self.files)
-        is_delta = self.space == "deltas" if absent else self.candidates[k].deltas
+        # A module an adapter lacks is unchanged by it: a zero difference, whatever the space.
+        is_delta = (k >= 0 and self.candidates[k].deltas) or (absent and self.space == "deltas")
         shift = int(is_delta) - int(space == "deltas")  # +1: add the base, -1: subtract it
         base = self.base.open(name, self.files) if shift else None
         first = 0 if k == self.initial else part.begin

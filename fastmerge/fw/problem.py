@@ -93,7 +93,6 @@ class Problem:
                 remedy=f"the base's first tensors are {', '.join(self.base.names()[:3])}",
             )
         self.parts = {n: self.layout.part(n, shapes[n]) for n in merged}
-        lacking = check_candidates(opened, {n: shapes[n] for n in merged}, missing=missing)
         adapters = [c for c in opened if c.deltas]
         extra = sorted({n for c in adapters for n in c.names() if n not in shapes})
         if extra:
@@ -102,6 +101,7 @@ class Problem:
                 where=next(c.label for c in adapters if extra[0] in c),
                 remedy="give the base model the adapters were trained on",
             )
+        lacking = check_candidates(opened, {n: shapes[n] for n in merged}, missing=missing)
         for c in adapters:  # an adapter's missing modules do not change: the zero difference
             for n in merged:
                 if n not in c and opened.index(c) not in lacking.setdefault(n, []):
@@ -147,14 +147,18 @@ class Problem:
             out[alias] = out[name]
         return out
 
-    def take_gradient(self, found: Any) -> State:
-        """The callable's answer, checked: local tensors by name in the base's order, unknown or misshapen ones named."""
+    def take_gradient(self, found: Any, aliases: Mapping[str, str] | None = None) -> State:
+        """The callable's answer, checked: local tensors by name in the base's order, unknown or misshapen ones named.
+
+        Of tied tensors that a checkpoint stores twice (`aliases`, from the module) both get the one gradient, so that
+        both take the same steps.
+        """
         if not isinstance(found, Mapping):
             raise BadInput(f"gradient returned a {type(found).__name__}, not a mapping from names to tensors")
         known = self.base.checkpoint
         out: State = {}
         for given, g in found.items():
-            name: str = known.aliases.get(given, given)
+            name = str(known.aliases.get(given, given))
             if name in self.fixed or g is None:
                 continue
             if name not in self.parts:
@@ -176,6 +180,9 @@ class Problem:
                 where=f"merged: {self.names[0]!r}, ...",
                 remedy="does the loss depend on them? are they frozen?",
             )
+        for alias, name in (aliases or {}).items():
+            if alias in self.parts and name in out:
+                out.setdefault(alias, out[name])
         return {n: out[n] for n in self.names if n in out}
 
     def start_from(self, checkpoint: Candidate | None) -> None:

@@ -253,10 +253,7 @@ class _Trial(Objective):
     def __call__(self, w: Tensor) -> tuple[float | None, Tensor]:
         """(loss or None, its gradient in w)."""
         self._mix(w, self.trial)
-        with torch.enable_grad():
-            found = self.gradient(self.problem.state(self.trial))
-        value = getattr(self.gradient, "value", None)
-        taken = self.problem.take_gradient(found)
+        taken, value = ask(self.problem, self.gradient, self.trial)
         gradient = torch.zeros(w.shape[0], len(self.picks), dtype=torch.float64)
         for i, name in enumerate(self.picks):
             if name in taken and self.problem.layout.counts(name):
@@ -265,7 +262,7 @@ class _Trial(Objective):
         gradient = self.problem.layout.reduce(gradient)
         if self.per == "model":
             gradient = gradient.sum(1, keepdim=True)
-        return None if value is None else float(value), gradient
+        return value, gradient
 
     def move(self, w: Tensor) -> None:
         """θ ← θ + Σ w_j (s_j − θ)."""
