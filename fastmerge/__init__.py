@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ._doctor import doctor
     from .engine import run
     from .errors import BadInput, FastmergeError, Interrupted
+    from .fw import FrankWolfeResult, frank_wolfe, frank_wolfe_soft
+    from .gradients import gradient
     from .merging import merge
     from .methods import method
     from .recipe import Recipe
@@ -25,10 +27,14 @@ _HOME = {
     "BackendUnavailable": "_dispatch",
     "BadInput": "errors",
     "FastmergeError": "errors",
+    "FrankWolfeResult": "fw",
     "Interrupted": "errors",
     "Recipe": "recipe",
     "Report": "report",
     "doctor": "_doctor",
+    "frank_wolfe": "fw",
+    "frank_wolfe_soft": "fw",
+    "gradient": "gradients",
     "merge": "merging",
     "method": "methods",
     "methods": None,
@@ -41,10 +47,14 @@ __all__ = [
     "BackendUnavailable",
     "BadInput",
     "FastmergeError",
+    "FrankWolfeResult",
     "Interrupted",
     "Recipe",
     "Report",
     "doctor",
+    "frank_wolfe",
+    "frank_wolfe_soft",
+    "gradient",
     "merge",
     "method",
     "methods",

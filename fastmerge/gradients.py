@@ -123,6 +123,10 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
             m.training = flag
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
 @contextlib.contextmanager
 def _lend(
     model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
@@ -137,7 +141,8 @@ def _lend(
             where=f"merged: {first!r}, ...; model: {next(iter(parameters), '')!r}, ...{did_you_mean(first, parameters)}",
             remedy="give the module whose state_dict the checkpoints are",
         )
-    kept = [(t, t.data) for t in (*parameters.values(), *buffers.values())]
+    kept = [(t, t.data) for t in (*parameters.values(), *buffers.values()) if not _is_sharded(t)]
+    copies: dict[Tensor, Tensor] = {}
     flags = {p: p.requires_grad for p in parameters.values()}
     grads = {p: p.grad for p in parameters.values()}
     try:
@@ -150,6 +155,11 @@ def _lend(
                     f"tensor {name!r} has shape {list(state[name].shape)}, the model's parameter {list(p.shape)}",
                     remedy="leave it out with exclude=, or give the matching module (one per task if heads differ)",
                 )
+            if _is_sharded(p):  # FSDP2 computes from storage of its own: the values are lent, not the storage
+                copies[p] = p.detach().clone()
+                with torch.no_grad():
+                    p.copy_(state[name])
+                continue
             p.data = state[name].detach().to(p.device, dtype or state[name].dtype)
         for name, b in buffers.items():  # cloned: batch norm in train mode writes to them
             b.data = state[name].detach().to(b.device, b.dtype, copy=True) if name in state else b.data.clone()
@@ -157,6 +167,9 @@ def _lend(
     finally:
         for t, data in kept:
             t.data = data
+        with torch.no_grad():
+            for t, data in copies.items():
+                t.copy_(data)
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = grads[p]
