@@ -94,7 +94,7 @@ def main(rank, folder):
     # FSDP2: fm.gradient drives the sharded module.
     from torch.distributed.fsdp import fully_shard
 
-    net, state, pool, batches = net_problem()
+    net, _, pool, batches = net_problem()
     for layer in net.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
