@@ -1,6 +1,7 @@
 """`fastmerge demo`: real networks, trained on the spot from real images, merged by every method and compared."""
 
+from .command import main
 from .family import Batch, DemoFamily, default_cache, prepare
 from .sources import DataUnavailable
 
-__all__ = ["Batch", "DataUnavailable", "DemoFamily", "default_cache", "prepare"]
+__all__ = ["Batch", "DataUnavailable", "DemoFamily", "default_cache", "main", "prepare"]

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from . import train
 from .tasks import Split, Task, load_tasks
 from .vit import VisionTransformer, load_checkpoint, logits, save_checkpoint
+from .worker import cores, finetune_all, one_thread, write_settings
 
 Batch = tuple[str, torch.Tensor, torch.Tensor]  # task, images, labels
 
@@ -57,16 +59,31 @@ class DemoFamily:
         part: Split = getattr(self.tasks[task], split)
         return part if limit is None else part.head(limit)
 
-    @torch.inference_mode()
     def accuracy(
-        self, model: torch.nn.Module, task: str, split: str = "test", limit: int | None = None, batch: int = 250
-    ) -> float:
-        """Share of a task's images that `model` (images -> features) classifies rightly with the task's head."""
-        part = self.split(task, split, limit)
-        right = 0
-        for images, labels in part.batches(batch):
-            right += int((logits(model(images), self.heads[task]).argmax(1) == labels).sum())
-        return right / len(part)
+        self,
+        model: torch.nn.Module,
+        tasks: Sequence[str],
+        split: str = "test",
+        limit: int | None = None,
+        batch: int = 125,
+    ) -> dict[str, float]:
+        """Share of each task's images that `model` (images -> features) classifies rightly with the task's head.
+
+        Batches run one a core, each on one thread: the result does not depend on the number of cores.
+        """
+        parts = {task: self.split(task, split, limit) for task in tasks}
+
+        @torch.inference_mode()
+        def right(job: Batch) -> tuple[str, int]:
+            task, images, labels = job
+            return task, int((logits(model(images), self.heads[task]).argmax(1) == labels).sum())
+
+        counts = dict.fromkeys(tasks, 0)
+        jobs = [(task, x, y) for task, part in parts.items() for x, y in part.batches(batch)]
+        with one_thread(), ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for task, count in pool.map(right, jobs):
+                counts[task] += count
+        return {task: counts[task] / len(part) for task, part in parts.items()}
 
     def evaluate(
         self,
@@ -76,8 +93,7 @@ class DemoFamily:
         limit: int | None = None,
     ) -> dict[str, float]:
         """{task: accuracy} of one state dict on every task (or those named)."""
-        model = self.model(state)
-        return {task: self.accuracy(model, task, split, limit) for task in tasks or self.tasks}
+        return self.accuracy(self.model(state), list(tasks or self.tasks), split, limit)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy of a (task, images, labels) batch."""
@@ -101,12 +117,14 @@ def prepare(
     cache: str | os.PathLike[str] | None = None,
     progress: train.Progress | None = None,
     settings: train.Settings | None = None,
+    processes: int | None = None,
 ) -> DemoFamily:
     """The demo's checkpoints, trained on first use and read from the cache afterwards.
 
     quick: the small network (~45 s of training on two cores) instead of the full one (~5 minutes). cache: a folder
     (default: see default_cache). progress: called with what is trained and the share done. settings: instead of
-    those that quick picks. Raises sources.DataUnavailable when the images can be neither found nor downloaded.
+    those that quick picks. processes: fine-tunes that train at once (default: one a core); the result does not depend
+    on it. Raises sources.DataUnavailable when the images can be neither found nor downloaded.
     """
     settings = settings or (train.QUICK if quick else train.FULL)
     progress = progress or (lambda _name, _share: None)
@@ -119,7 +137,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _train(draft, tasks, settings, progress)
+            _train(draft, tasks, settings, data, processes or cores(), progress)
             try:
                 draft.rename(folder)
             except OSError:  # another process trained the same family meanwhile
@@ -132,12 +150,20 @@ def prepare(
     return DemoFamily(folder / "base", task_dirs, tasks, {name: heads[name] for name in tasks}, settings)
 
 
-def _train(folder: Path, tasks: Mapping[str, Task], settings: train.Settings, progress: train.Progress) -> None:
-    base = train.pretrain(tasks, settings, progress)
+def _train(
+    folder: Path,
+    tasks: Mapping[str, Task],
+    settings: train.Settings,
+    data: Path,
+    processes: int,
+    progress: train.Progress,
+) -> None:
+    write_settings(folder, settings)
+    with one_thread():
+        base = train.pretrain(tasks, settings, progress)
+        body = VisionTransformer(settings.shape)
+        body.load_state_dict(base)
+        heads = {name: train.prototypes(body, task, settings.head_per_class) for name, task in tasks.items()}
     save_checkpoint(folder / "base", base, settings.shape)
-    body = VisionTransformer(settings.shape)
-    body.load_state_dict(base)
-    heads = {name: train.prototypes(body, task, settings.head_per_class) for name, task in tasks.items()}
     save_checkpoint(folder / "heads", heads, settings.shape)
-    for name, task in tasks.items():
-        save_checkpoint(folder / name, train.finetune(base, task, heads[name], settings, progress), settings.shape)
+    finetune_all(folder, tasks, data, processes, progress)

