@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _native
 from ._checks import compute_dtype, per_model, require_float, require_like
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -87,10 +88,10 @@ def window_counts(density: float, gamma: float, n: int) -> tuple[int, int]:
 
 def _threshold(key: Tensor, k: int) -> Threshold | None:
     """The rule that keeps k of the keys [n], by a stable sort: None for all, KEEP_NONE for none."""
-    if k >= key.numel():
-        return None
     if k == 0:
         return KEEP_NONE
+    if k >= key.numel():
+        return None
     last = int(key.sort(descending=True, stable=True).indices[k - 1])
     return Threshold(int(key[last]), last)
 
@@ -140,4 +141,49 @@ def topk_thresholds(
     gammas = None if gamma is None else per_model("topk_thresholds", "gamma", gamma, len(models))
     if gammas is not None:
         require_density("topk_thresholds", gammas, "gamma")
-    return reference_thresholds(base, models, densities, gammas)
+    if _native.cpu_why_not(*models, *([] if base is None else [base])) is not None:
+        return reference_thresholds(base, models, densities, gammas)
+    selection = Selection(models[0].numel(), densities, gammas)
+    arrays = native_arrays(base, models)
+    found = _native.lib().topk_thresholds(*arrays.arguments, arrays.n, selection.targets, _native.threads())
+    return selection.rules(found if selection.targets else [])
+
+
+class NativeArrays(NamedTuple):
+    """Base and models as the native kernels take them; `keep` holds the dense copies alive."""
+
+    arguments: tuple[int, int, list[int], list[int]]
+    n: int
+    keep: tuple[Tensor, ...]
+
+
+def native_arrays(base: Tensor | None, models: Sequence[Tensor]) -> NativeArrays:
+    dense = [m.contiguous() for m in models]
+    origin = None if base is None else base.contiguous()
+    # A base without elements has a null address, which means "no base": nothing is read then either way.
+    first = (0, 0) if origin is None else (origin.data_ptr(), _native.DTYPES[origin.dtype])
+    arguments = (*first, [m.data_ptr() for m in dense], [_native.DTYPES[m.dtype] for m in dense])
+    return NativeArrays(arguments, dense[0].numel(), (*dense, *([] if origin is None else [origin])))
+
+
+class Selection:
+    """K models' densities as the (model, k) targets of a native selection, and its answers as rules."""
+
+    def __init__(self, n: int, densities: Sequence[float], gammas: Sequence[float] | None) -> None:
+        self.n = n
+        self.windows = gammas is not None
+        self.counts = (
+            [(kept_count(d, n),) for d in densities]
+            if gammas is None
+            else [window_counts(d, g, n) for d, g in zip(densities, gammas, strict=True)]
+        )
+        self.targets = [(i, k) for i, ks in enumerate(self.counts) for k in ks if 0 < k < n]
+
+    def rules(self, found: Sequence[tuple[int, int]]) -> list[Rule]:
+        """One rule per model out of the targets' (key, index) pairs."""
+        pairs = iter(found)
+        rules: list[Rule] = []
+        for ks in self.counts:
+            ends = [KEEP_NONE if k == 0 else None if k >= self.n else Threshold(*next(pairs)) for k in ks]
+            rules.append(Window(ends[0], ends[1]) if self.windows else ends[0])
+        return rules
