@@ -1,14 +1,53 @@
-// The r-th largest of an array of keys in memory: what is left of a selection once a bracket has been collected.
+// The r-th largest of keys in memory: what is left of a selection once a bracket has been collected.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "tally.h"
 
 namespace fastmerge {
+
+// A growing array that leaves new elements unwritten, so that memory is touched only where entries land.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), capacity_(std::exchange(o.capacity_, 0)) {}
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(capacity_, o.capacity_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  void reserve(std::int64_t n) {
+    if (n <= capacity_) return;
+    const std::int64_t capacity = std::max(n, capacity_ + capacity_ / 2);
+    void* grown = std::realloc(data_, static_cast<std::size_t>(capacity) * sizeof(T));
+    if (!grown) throw std::bad_alloc();
+    data_ = static_cast<T*>(grown);
+    capacity_ = capacity;
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](std::int64_t i) { return data_[i]; }
+  const T& operator[](std::int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  std::int64_t capacity_ = 0;
+};
+
+template <class K>
+struct KeyPiece {
+  const K* key;
+  std::int64_t n;
+};
 
 // A bracket [lo, hi] for the rank `r` (0 = largest) of a sample, `reach` ranks to either side; reorders the sample.
 template <class K>
@@ -28,34 +67,44 @@ void bracket_ranks(K* sample, std::int64_t s, std::int64_t r, std::int64_t reach
   }
 }
 
-// The r-th largest (0 = largest) of a[0, n), r < n; reorders and shrinks a. Expected time one pass over a (Floyd, Rivest 1975).
+// The r-th largest (0 = largest) over pieces. Expected time: one pass over them (Floyd, Rivest 1975).
 template <class K>
-K select_largest(std::vector<K>& a, std::int64_t n, std::int64_t r) {
-  std::vector<K> sample;
-  std::vector<std::uint32_t> where;
-  while (n > 8192) {
+K select_largest(const std::vector<KeyPiece<K>>& pieces, std::int64_t r) {
+  std::int64_t n = 0;
+  for (const auto& p : pieces) n += p.n;
+  Buffer<K> inside;
+  if (n > 1024) {
     const std::int64_t step = std::max<std::int64_t>(8, static_cast<std::int64_t>(std::cbrt(static_cast<double>(n))));
-    sample.clear();
-    for (std::int64_t i = 0; i < n; i += step) sample.push_back(a[i]);
+    std::vector<K> sample;
+    for (const auto& p : pieces)
+      for (std::int64_t i = 0; i < p.n; i += step) sample.push_back(p.key[i]);
     const auto s = static_cast<std::int64_t>(sample.size());
-    const double p = static_cast<double>(r) / static_cast<double>(n);
-    const auto reach = static_cast<std::int64_t>(4.0 * std::sqrt(s * p * (1.0 - p))) + 4;
+    const double q = static_cast<double>(r) / static_cast<double>(n);
+    const auto reach = static_cast<std::int64_t>(4.0 * std::sqrt(s * q * (1.0 - q))) + 4;
     K lo, hi;
-    bracket_ranks(sample.data(), s, static_cast<std::int64_t>(p * s), reach, static_cast<K>(-1) >> 1, &lo, &hi);
-    std::int64_t above = 0;
-    for (std::int64_t at = 0; at < n; at += 1 << 20)
-      above += detail::count_above(a.data() + at, std::min<std::int64_t>(1 << 20, n - at), hi);
-    where.resize(n + kSlack);
-    sample.resize(n + kSlack);
-    const std::int64_t inside = collect(a.data(), n, lo, static_cast<K>(hi - lo + 1), 0, sample.data(), where.data());
-    if (r < above || r >= above + inside || inside == n) break;
-    if (lo == hi) return lo;
-    a.swap(sample);
-    n = inside;
-    r -= above;
+    bracket_ranks(sample.data(), s, static_cast<std::int64_t>(q * s), reach, static_cast<K>(static_cast<K>(-1) >> 1), &lo, &hi);
+    Buffer<std::uint32_t> where;
+    std::int64_t above = 0, count = 0;
+    for (const auto& p : pieces)
+      for (std::int64_t at = 0; at < p.n; at += 2048) {
+        const std::int64_t m = std::min<std::int64_t>(2048, p.n - at);
+        inside.reserve(count + m + kSlack);
+        where.reserve(m + kSlack);
+        count += collect(p.key + at, m, lo, static_cast<K>(hi - lo + 1), 0, inside.data() + count, where.data(), hi, above);
+      }
+    if (r >= above && r < above + count) {
+      if (lo == hi) return lo;
+      if (count < n) {
+        const std::vector<KeyPiece<K>> rest{{inside.data(), count}};
+        return select_largest(rest, r - above);
+      }
+    }
   }
-  std::nth_element(a.begin(), a.begin() + r, a.begin() + n, std::greater<K>());
-  return a[r];
+  std::vector<K> all;
+  all.reserve(n);
+  for (const auto& p : pieces) all.insert(all.end(), p.key, p.key + p.n);
+  std::nth_element(all.begin(), all.begin() + r, all.end(), std::greater<K>());
+  return all[r];
 }
 
 }  // namespace fastmerge

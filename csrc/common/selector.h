@@ -48,8 +48,8 @@ class Selector final : public SelectorBase {
   };
   struct Run {  // what one thread's part of the feeds found for one target
     Counts counts;
-    std::vector<K> key;
-    std::vector<std::uint32_t> where;
+    Buffer<K> key;
+    Buffer<std::uint32_t> where;
     std::int64_t size = 0;
     bool overflow = false;
     std::vector<Segment> segments;
@@ -57,11 +57,9 @@ class Selector final : public SelectorBase {
     std::vector<std::int64_t> histogram, found;
 
     void clear() { *this = Run(); }
-    void reserve(std::int64_t more) {
-      const std::size_t need = size + more + kSlack;
-      if (key.size() >= need) return;
-      key.resize(need + need / 2);
-      where.resize(need + need / 2);
+    void reserve(std::int64_t n) {
+      key.reserve(n + kSlack);
+      where.reserve(n + kSlack);
     }
   };
   struct Target {
@@ -73,6 +71,7 @@ class Selector final : public SelectorBase {
     int digit = kDigits;         // digits still to find
     std::int64_t need = 0;       // of the elements equal to key, how many are kept
     std::int64_t remaining = 0;  // rank within the prefix
+    double share = 0;            // of the elements, expected inside the bracket
     Span span{};
     Rule result{};
     std::vector<Run> runs;
@@ -186,6 +185,7 @@ class Selector final : public SelectorBase {
       Run& run = t.runs[r];
       if (t.phase == Phase::bracket) {
         run.segments.push_back({run.size, offset + begin});
+        if (!run.overflow) run.reserve(run.size + static_cast<std::int64_t>(t.share * static_cast<double>(end - begin)) + kBlock);
         if (t.bracket.tied) run.ties.push_back({offset + begin, offset + begin, 0, 0});
       }
       if (t.phase == Phase::digits) run.histogram.resize(kHistogram);
@@ -207,7 +207,6 @@ class Selector final : public SelectorBase {
     const Bracket<K>& b = t.bracket;
     switch (t.phase) {
       case Phase::bracket:
-        if (b.hi != kTop) run.counts.above += detail::count_above(key, m, b.hi);
         if (b.tied) {
           Ties* ties = &run.ties.back();
           if (ties->stop - ties->start >= kGrain) {
@@ -219,10 +218,12 @@ class Selector final : public SelectorBase {
           if (b.lo != b.hi) ties->lo += detail::count_equal(key, m, b.lo);
         }
         if (b.count && !run.overflow) {
-          run.reserve(m);
+          run.reserve(run.size + m);
           run.size += collect(key, m, b.first, b.count, static_cast<std::uint32_t>(local), run.key.data() + run.size,
-                              run.where.data() + run.size);
+                              run.where.data() + run.size, b.hi, run.counts.above);
           run.overflow = run.size > limit();
+        } else {
+          run.counts.above += detail::count_above(key, m, b.hi);
         }
         break;
       case Phase::digits: {
@@ -288,7 +289,9 @@ class Selector final : public SelectorBase {
       inside += v >= lo && v <= hi;
       ends += v == lo || v == hi;
     }
-    set_bracket(t, lo, hi, ends * 4 > inside);
+    const bool tied = ends * 4 > inside;
+    set_bracket(t, lo, hi, tied);
+    t.share = 1.1 * static_cast<double>(tied ? inside - ends : inside) / static_cast<double>(s);
   }
 
   void set_bracket(Target& t, K lo, K hi, bool tied) {
@@ -330,21 +333,52 @@ class Selector final : public SelectorBase {
       }
     }
     if (rank > inside) return start_digits(t);
-    std::vector<K> keys;
-    keys.reserve(inside + kSlack);
-    for (const auto& run : t.runs) keys.insert(keys.end(), run.key.begin(), run.key.begin() + run.size);
-    t.key = select_largest(keys, inside, rank - 1);
+    std::vector<KeyPiece<K>> pieces;
+    for (const auto& run : t.runs) pieces.push_back({run.key.data(), run.size});
+    t.key = select_largest(pieces, rank - 1);
     t.need = rank;
-    std::vector<std::int64_t> found;
+    find_candidate(t);
+  }
+
+  // The need-th candidate equal to key in order of position; need still counts the candidates above key. Stretches of one
+  // segment are in order and apart from all others, so counting them finds the one stretch to look into.
+  void find_candidate(Target& t) {
+    struct Stretch {
+      std::int64_t position, ties, n;
+      const Segment* segment;
+      const Run* run;
+      std::int64_t first;
+    };
+    std::vector<Stretch> stretches;
     for (const auto& run : t.runs) {
-      t.need -= detail::count_above(run.key.data(), run.size, t.key);
+      t.need -= sum_above(run, t.key);
       for (std::size_t g = 0; g < run.segments.size(); ++g) {
+        const Segment& segment = run.segments[g];
         const std::int64_t stop = g + 1 < run.segments.size() ? run.segments[g + 1].first : run.size;
-        for (std::int64_t i = run.segments[g].first; i < stop; ++i)
-          if (run.key[i] == t.key) found.push_back(run.segments[g].offset + run.where[i]);
+        for (std::int64_t i = segment.first; i < stop; i += kBlock) {
+          const std::int64_t m = std::min(kBlock, stop - i), ties = detail::count_equal(run.key.data() + i, m, t.key);
+          if (ties) stretches.push_back({segment.offset + run.where[i], ties, m, &segment, &run, i});
+        }
       }
     }
-    settle(t, found);
+    std::sort(stretches.begin(), stretches.end(), [](const Stretch& a, const Stretch& b) { return a.position < b.position; });
+    for (const auto& s : stretches) {
+      if (t.need > s.ties) {
+        t.need -= s.ties;
+        continue;
+      }
+      std::vector<std::int64_t> found;
+      for (std::int64_t i = s.first; i < s.first + s.n; ++i)
+        if (s.run->key[i] == t.key) found.push_back(s.segment->offset + s.run->where[i]);
+      return settle(t, found);
+    }
+    throw std::logic_error("selector: a tie was lost");
+  }
+  static std::int64_t sum_above(const Run& run, K key) {
+    std::int64_t above = 0;
+    for (std::int64_t at = 0; at < run.size; at += kBlock)
+      above += detail::count_above(run.key.data() + at, std::min(kBlock, run.size - at), key);
+    return above;
   }
 
   // The piece that holds the need-th element equal to key, by the counts of pieces in order of position.

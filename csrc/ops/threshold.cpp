@@ -53,10 +53,10 @@ Array gather(const Array& a, const std::vector<std::int64_t>& starts, std::vecto
   return {a.type, reinterpret_cast<std::uintptr_t>(buffer.data())};
 }
 
-// The sample of an array in memory: about n^(2/3) elements balance sampling against collecting.
+// The sample of an array in memory: about n^(2/3) / 2 elements balance sampling against collecting.
 template <class C>
 void draw_sample(Selector<C>& selector, const Deltas& d, std::int64_t n, int threads) {
-  const auto size = static_cast<std::int64_t>(std::max(4096.0, std::pow(static_cast<double>(n), 2.0 / 3.0)));
+  const auto size = static_cast<std::int64_t>(std::max(4096.0, 0.5 * std::pow(static_cast<double>(n), 2.0 / 3.0)));
   const std::int64_t spans = size / kSampleSpan, stride = n / spans;
   std::vector<std::int64_t> starts;
   std::uint64_t state = 0x9e3779b97f4a7c15u;  // jitter: a fixed stride would look at the same columns of every row

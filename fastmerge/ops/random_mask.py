@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import require_float
 from .philox import draw_key, draw_limit, draws
@@ -62,6 +63,13 @@ def reference_mask(
     return (draw < limit.view(-1)).view(x.shape)
 
 
+def _check(x: Tensor, density: float, epsilon: float, stream: int, offset: int, rescale: str | None) -> None:
+    require_float("random_mask", x=x)
+    check_random("random_mask", x, density, epsilon, stream, offset)
+    if rescale not in (None, "density"):
+        raise ValueError(f"random_mask: rescale {rescale!r} is not None or 'density'")
+
+
 @op(numerics="A", kind="selection")
 def random_mask(
     x: Tensor,
@@ -94,10 +102,7 @@ def random_mask(
         (0, 1), an offset inside a row with epsilon > 0, or an unknown rescale.
     Source: DARE (arXiv:2311.03099), §3; DELLA (arXiv:2406.11617), §3.1.
     """
-    require_float("random_mask", x=x)
-    check_random("random_mask", x, density, epsilon, stream, offset)
-    if rescale not in (None, "density"):
-        raise ValueError(f"random_mask: rescale {rescale!r} is not None or 'density'")
+    _check(x, density, epsilon, stream, offset, rescale)
     mask = reference_mask(x, density, epsilon=epsilon, key=draw_key(seed, name), stream=stream, offset=offset)
     return mask if rescale is None else apply_mask(x, mask, density)
 
@@ -107,6 +112,36 @@ def apply_mask(x: Tensor, mask: Tensor, density: float) -> Tensor:
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     factor = torch.tensor(1.0 / density if density > 0 else 1.0, dtype=wide.dtype)
     return torch.where(mask, wide * factor, 0.0).to(x.dtype).contiguous()
+
+
+def _random_mask_why_not(x: Tensor, *_: object, **__: object) -> str | None:
+    if row_length(x) >= 2**31:
+        return "a row is longer than 2^31 elements"
+    return _native.cpu_why_not(x)
+
+
+@random_mask.backend("cpu", when=_random_mask_why_not)
+def _random_mask_cpu(
+    x: Tensor,
+    density: float,
+    *,
+    epsilon: float = 0.0,
+    seed: int = 0,
+    name: str = "",
+    stream: int = 0,
+    offset: int = 0,
+    rescale: str | None = None,
+) -> Tensor:
+    _check(x, density, epsilon, stream, offset, rescale)
+    mask = torch.empty(x.shape, dtype=torch.bool)
+    draws_of = (*draw_key(seed, name), stream, offset, _native.threads())
+    if epsilon == 0.0 or not 0.0 < density < 1.0 or x.numel() == 0:
+        _native.lib().random_mask(mask.data_ptr(), x.numel(), draw_limit(density), *draws_of)
+    else:
+        dense, length = x.contiguous(), row_length(x)
+        rows = dense.data_ptr(), _native.DTYPES[x.dtype], x.numel() // length, length
+        _native.lib().rank_mask(mask.data_ptr(), *rows, *rank_limits(density, epsilon, length), *draws_of)
+    return mask if rescale is None else apply_mask(x, mask, density)
 
 
 @random_mask.case("uniform, odd size")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import require_float
-from .threshold import KEEP_NONE, Threshold, Window, kept_count, magnitude_key, require_density
+from .threshold import KEEP_NONE, Threshold, Window, kept_count, magnitude_key, require_density, topk_thresholds
 
 __all__ = ["KEEP_NONE", "Threshold", "Window", "topk_mask"]
 
@@ -46,6 +47,25 @@ def topk_mask(x: Tensor, density: float, *, dim: int | None = None) -> Tensor:
     largest = rows.sort(dim=-1, descending=True, stable=True).indices[..., : kept_count(density, rows.shape[-1])]
     mask = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
     return mask.reshape(x.shape) if axis is None else mask.movedim(-1, axis).contiguous()
+
+
+@topk_mask.backend("cpu", when=lambda x, *_, **__: _native.cpu_why_not(x))
+def _topk_mask_cpu(x: Tensor, density: float, *, dim: int | None = None) -> Tensor:
+    axis = _validated_dim(x, density, dim)
+    n = x.numel() if axis is None else x.shape[axis]
+    k = kept_count(density, n)
+    if k in (0, n) or x.numel() == 0:
+        return (torch.zeros if k == 0 else torch.ones)(x.shape, dtype=torch.bool)
+    rows = (x if axis is None else x.movedim(axis, -1)).contiguous()
+    mask = torch.empty(rows.shape, dtype=torch.bool)
+    where = mask.data_ptr(), rows.data_ptr(), _native.DTYPES[x.dtype]
+    if axis is None:
+        (rule,) = topk_thresholds(None, [rows], density)
+        assert isinstance(rule, Threshold)
+        _native.lib().topk_mask(*where, n, rule.key, rule.index, _native.threads())
+        return mask
+    _native.lib().topk_rows(*where, rows.numel() // n, n, k, _native.threads())
+    return mask.movedim(-1, axis).contiguous()
 
 
 @topk_mask.case("normal, odd size")
