@@ -30,6 +30,8 @@ FM_INLINE std::uint64_t raw_key(double x) {
   return u & 0x7fffffffffffffffu;
 }
 
+constexpr std::uint64_t kNoneKey = 0x7fffffffffffffffu;  // no key is greater: a rule with it keeps nothing
+
 // A rule as Python passes it: keep when key > `key`, or equal and index <= `index`. Everything: {0, INT64_MAX}.
 struct Rule {
   std::uint64_t key;

@@ -12,13 +12,17 @@ from .pearson import pearson
 from .permute import permute
 from .permute_merge import permute_merge
 from .random_mask import random_mask
+from .rescale import L1Stream
 from .threshold import Threshold, Window, topk_thresholds
+from .threshold_stream import ThresholdStream
 from .topk_mask import topk_mask
 from .weighted_sum import weighted_sum
 from .zip_match import ZipMatch, zip_match
 
 __all__ = [
+    "L1Stream",
     "Threshold",
+    "ThresholdStream",
     "Window",
     "ZipMatch",
     "abs_sum",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import compute_dtype, per_model, require_float, require_like
-from .philox import draw_key
-from .random_mask import check_random
-from .threshold import Rule, Threshold, Window, require_density
+from .philox import draw_key, draw_limit
+from .random_mask import check_random, rank_limits, row_length
+from .threshold import KEEP_NONE, Rule, Threshold, Window, require_density
 
 OP = "consensus_merge"
 TRIMS = ("topk", "window", "random", "rank_random", None)
 ELECTS = ("sum", "count", None)
 RESCALES = (None, "l1", "density")
-L1_FLOOR = 1e-7  # below it a norm counts as zero and rescale leaves the model alone
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,24 @@ class ConsensusPlan:
     @property
     def selects(self) -> bool:
         return self.trim in ("topk", "window")
+
+
+def native_trims(
+    plan: ConsensusPlan, x: Tensor, rules: Sequence[Rule] | None, factors: Sequence[float]
+) -> list[tuple[Any, ...]]:
+    """The models' trims as csrc/common/consensus.h takes them; x gives the row length."""
+    trims: list[tuple[Any, ...]] = []
+    for i, (w, d, e) in enumerate(zip(plan.weights, plan.densities, plan.epsilons, strict=True)):
+        low, high, kind, limits = (0, 2**63 - 1), KEEP_NONE, 0, (0, 0, 1)
+        if plan.trim in ("random", "rank_random"):
+            ranked = e > 0.0 and 0.0 < d < 1.0
+            kind, limits = (2, rank_limits(d, e, row_length(x))) if ranked else (1, (draw_limit(d), 0, 1))
+        elif rules is not None and rules[i] is not None:
+            rule = rules[i]
+            ends = rule if isinstance(rule, Window) else (rule, None)
+            low, high = ends[0] or low, ends[1] or high
+        trims.append((kind, *low, *high, *limits, w, w * factors[i]))
+    return trims
 
 
 def _choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:

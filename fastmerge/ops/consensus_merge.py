@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .. import _native
 from .._dispatch import op
 from ._checks import result_like
-from ._consensus_plan import L1_FLOOR, ConsensusPlan, make_plan
-from .random_mask import reference_mask
-from .threshold import Rule, Threshold, kept, reference_thresholds
-
-
-def l1_norm(x: Tensor) -> float:
-    """Σ|x| in float64, in the fixed order of docs/numerics.md: 16 lanes through blocks of 65536, lanes, then blocks."""
-    flat = x.detach().reshape(-1).double().abs()
-    blocks = max(1, -(-flat.numel() // 65536))
-    padded = torch.zeros(blocks * 65536, dtype=torch.float64, device=x.device)
-    padded[: flat.numel()] = flat
-    lanes = padded.view(blocks, 4096, 16).cumsum(1)[:, -1]
-    return float(lanes.cumsum(1)[:, -1].cumsum(0)[-1])
-
-
-def l1_factor(whole: float, kept_part: float) -> float:
-    """‖δ‖₁ / ‖δ'‖₁, or 1 where either is below 1e-7."""
-    return 1.0 if whole < L1_FLOOR or kept_part < L1_FLOOR else whole / kept_part
+from ._consensus_plan import ConsensusPlan, make_plan, native_trims
+from .random_mask import row_length
+from .rescale import delta_sums, factors_of, keep_mask, reference_sums
+from .threshold import Rule, Threshold, native_arrays, reference_thresholds, topk_thresholds
 
 
 @op(numerics="A", kind="elementwise")
@@ -92,7 +79,8 @@ def consensus_merge(
     result = result_like("consensus_merge", base if base is not None else models[0], dtype, out)
     origin = None if base is None else base.to(plan.compute)
     deltas = [m.to(plan.compute) if origin is None else m.to(plan.compute) - origin for m in models]
-    terms = _trimmed(deltas, plan, offset)
+    rules, factors = _resolved(plan, None, deltas, offset, reference_thresholds, reference_sums)
+    terms = _terms(deltas, plan, rules, factors, offset)
     total, divisor = _elected(terms, plan, elect)
     if normalize:
         total = total / divisor
@@ -105,22 +93,37 @@ def consensus_merge(
     return result.copy_(total)
 
 
-def _trimmed(deltas: list[Tensor], plan: ConsensusPlan, offset: int) -> list[Tensor]:
-    """The uᵢ: +0 where trimmed away, else the delta times float(weight · factor)."""
+def _resolved(
+    plan: ConsensusPlan,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    offset: int,
+    thresholds: Callable[..., list[Rule]],
+    sums: Callable[..., Tensor],
+) -> tuple[list[Rule] | None, list[float]]:
+    """(rules, factors) of a call: those given, or computed by the backend's own functions."""
     rules = plan.rules
     if rules is None and plan.selects:
-        rules = reference_thresholds(None, deltas, plan.densities, plan.gammas)
+        rules = thresholds(base, models, plan.densities, plan.gammas)
+    if plan.factors is not None:
+        return rules, plan.factors
+    return rules, factors_of([sums(plan, base, models, rules, offset)], len(models))
+
+
+def _native_thresholds(
+    base: Tensor | None, models: Sequence[Tensor], density: list[float], gamma: list[float] | None
+) -> list[Rule]:
+    return topk_thresholds(base, models, density, gamma=gamma)
+
+
+def _terms(
+    deltas: list[Tensor], plan: ConsensusPlan, rules: list[Rule] | None, factors: list[float], offset: int
+) -> list[Tensor]:
+    """The uᵢ: +0 where trimmed away, else the delta times float(weight · factor)."""
     terms = []
     for i, delta in enumerate(deltas):
-        if plan.selects or plan.trim is None:
-            keep = kept(delta, rules[i] if rules else None, offset)
-        else:
-            keep = reference_mask(
-                delta, plan.densities[i], epsilon=plan.epsilons[i], key=plan.key, stream=i, offset=offset
-            )
-        factor = plan.factors[i] if plan.factors else l1_factor(l1_norm(delta), l1_norm(torch.where(keep, delta, 0.0)))
-        coefficient = torch.tensor(plan.weights[i] * factor, dtype=plan.compute)
-        terms.append(torch.where(keep, delta * coefficient, 0.0))
+        coefficient = torch.tensor(plan.weights[i] * factors[i], dtype=plan.compute)
+        terms.append(torch.where(keep_mask(plan, i, delta, rules, offset), delta * coefficient, 0.0))
     return terms
 
 
@@ -146,6 +149,58 @@ def _elected(terms: list[Tensor], plan: ConsensusPlan, elect: str | None) -> tup
     assert merged is not None
     assert divisor is not None
     return merged, torch.where(divisor == 0, 1.0, divisor)
+
+
+@consensus_merge.backend(
+    "cpu", when=lambda base, models, *_, **__: _native.cpu_why_not(*models, *([] if base is None else [base]))
+)
+def _consensus_merge_cpu(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weight: float | Sequence[float] | Tensor,
+    density: float | Sequence[float] = 1.0,
+    *,
+    trim: str | None = "topk",
+    gamma: float | Sequence[float] = 0.0,
+    epsilon: float | Sequence[float] = 0.0,
+    elect: str | None = "sum",
+    normalize: bool = False,
+    rescale: str | None = None,
+    factors: Sequence[float] | None = None,
+    scale: float = 1.0,
+    thresholds: Sequence[Rule] | None = None,
+    seed: int = 0,
+    name: str = "",
+    offset: int = 0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    plan = make_plan(
+        base, models, weight, density, trim=trim, gamma=gamma, epsilon=epsilon, elect=elect, normalize=normalize,
+        rescale=rescale, factors=factors, thresholds=thresholds, seed=seed, name=name, offset=offset,
+    )  # fmt: skip
+    result = result_like("consensus_merge", base if base is not None else models[0], dtype, out)
+    base = None if base is None else base.contiguous()
+    models = [m.contiguous() for m in models]
+    rules, found = _resolved(plan, base, models, offset, _native_thresholds, delta_sums)
+    arrays = native_arrays(base, models)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    _native.lib().consensus_merge(
+        dense.data_ptr(),
+        _native.DTYPES[dense.dtype],
+        *arrays.arguments,
+        arrays.n,
+        native_trims(plan, models[0], rules, found),
+        max(1, row_length(models[0])),
+        *plan.key,
+        (None, "sum", "count").index(elect),
+        normalize,
+        plan.divisor,
+        scale,
+        offset,
+        _native.threads(),
+    )
+    return dense if dense is result else result.copy_(dense)
 
 
 def _models(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> list[Tensor]:

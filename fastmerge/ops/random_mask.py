@@ -42,7 +42,7 @@ def check_random(op_name: str, x: Tensor, density: float, epsilon: float, stream
     if offset < 0 or not 0 <= stream < 2**32:
         raise ValueError(f"{op_name}: offset {offset} is negative, or stream {stream} is not in [0, 2^32)")
     length = row_length(x)
-    if epsilon > 0 and length and x.ndim >= 2 and offset % length:
+    if epsilon > 0 and length and (offset % length if x.ndim >= 2 else offset):
         raise ValueError(f"{op_name}: offset {offset} does not start a row of {length} elements; ranks need whole rows")
 
 
