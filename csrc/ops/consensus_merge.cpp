@@ -123,7 +123,7 @@ bool is_hot(const Merge& m) {
 template <class T>
 void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
   alignas(64) T block[kBlock];
-  const bool stream = m.n * m.out_size() >= kStreamFrom;
+  const bool stream = m.n * m.out_size() >= kStreamBytes;
   T* out = pointer_of<T>(m.out);
   Hot<T> h;
   h.scale = static_cast<float>(m.scale);
@@ -139,7 +139,7 @@ void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
       h.bound[k] = bound_at<float>(m.trims[k].low, m.offset + at);
     }
     run_fused(h, models, m.normalize, stop - at);
-    if (stream) stream_copy(out + at, block, (stop - at) * static_cast<std::int64_t>(sizeof(T)));
+    if (stream) stream_out(out + at, block, (stop - at) * static_cast<std::int64_t>(sizeof(T)));
   }
   if (stream) stream_fence();
 }
