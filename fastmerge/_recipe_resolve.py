@@ -1,7 +1,9 @@
 """From a checked recipe and tensor names to one plan per output tensor. No architecture tables: names alone decide.
 
-Depth t of a tensor (for gradients), as mergekit has it: layer i of n has i / (n - 1), or 1 when n = 1, counted within
-its slice; tensors before the layers have 0, those after them 1.
+Two rules are mergekit's, observed on its 0.1.5 (tests/integrations/make_mergekit_golden.py). Depth t of a tensor, for
+gradients: layer i of n has i / (n - 1), or 1 when n = 1, counted within its slice; a tensor outside the layers has 0,
+the final norm and the head too. Filters of a per-model parameter see the name of that model's own tensor, those of
+other parameters the name in the output; the two differ only in slices.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from .recipe import ModelRef
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
-# Tensors outside the layers that come before them; all others come after. Only gradients and slices care.
+# Tensors outside the layers that come before them; all others come after. Only slices care.
 _BEFORE = re.compile(
     r"(?<!un)embed(?!_out)|wte|wpe|(^|\.)emb(?!ed)|position|patch|cls_token|class_token|token_type|stem|"
     r"(^|\.)conv1|conv_in|ln_pre|pre_?layr?norm|(^|\.)tok_"
@@ -89,6 +91,9 @@ def is_before_layers(name: str) -> bool:
     return _BEFORE.search(name.lower()) is not None
 
 
+OUTSIDE = 0.0  # depth of a tensor that is in no layer
+
+
 def _depth(layer: int, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 1.0
 
@@ -102,11 +107,8 @@ def resolve(
         return _resolve_slices(compiled, template, names, layout, others)
     piece, plans = compiled.pieces[0], []
     for name in names:
-        if name in layout.layers:
-            stack, layer, _ = layout.layers[name]
-            t = _depth(layer, layout.stacks[stack])
-        else:
-            t = 0.0 if is_before_layers(name) else 1.0
+        stack, layer, _ = layout.layers.get(name, ("", 0, ""))
+        t = _depth(layer, layout.stacks[stack]) if stack in layout.stacks else OUTSIDE
         plans.append(_plan(compiled, piece, name, name, [name] * len(piece.sources), t))
     return plans
 
@@ -129,7 +131,7 @@ def _resolve_slices(
     layouts = {ref: Layout.of(of) for ref, of in others.items()} | {template: layout}
     outside = [name for name in names if name not in layout.layers]
     first, last = compiled.pieces[0], compiled.pieces[-1]
-    plans = [_plan(compiled, first, n, n, [n] * len(first.sources), 0.0) for n in outside if is_before_layers(n)]
+    plans = [_plan(compiled, first, n, n, [n] * len(first.sources), OUTSIDE) for n in outside if is_before_layers(n)]
     at = 0
     for piece in compiled.pieces:
         members = [*piece.sources, *([piece.base] if piece.base else [])]
@@ -151,7 +153,7 @@ def _resolve_slices(
                 base = f"{stack}{lead.layers[0] + i}{rest}"
                 plans.append(_plan(compiled, piece, f"{stack}{at + i}{rest}", base, sources, t))
         at += piece.layers
-    plans += [_plan(compiled, last, n, n, [n] * len(last.sources), 1.0) for n in outside if not is_before_layers(n)]
+    plans += [_plan(compiled, last, n, n, [n] * len(last.sources), OUTSIDE) for n in outside if not is_before_layers(n)]
     return plans
 
 
@@ -170,8 +172,8 @@ def _plan(compiled: Compiled, piece: Piece, name: str, base: str, sources: list[
         if parameter.per_model:
             own = [s.settings.get(parameter.name) for s in piece.sources]
             parameters[parameter.name] = [
-                _evaluate(compiled, parameter, [*([o] if o else []), *above], name, t, s)
-                for o, s in zip(own, piece.sources, strict=True)
+                _evaluate(compiled, parameter, [*([o] if o else []), *above], of, t, s)
+                for o, s, of in zip(own, piece.sources, sources, strict=True)
             ]
         else:
             parameters[parameter.name] = _evaluate(compiled, parameter, above, name, t, None)

@@ -169,6 +169,31 @@ def ops(
 
 
 @app.command()
+def demo(
+    own: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More of --models.")] = None,
+    models: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR...", help="Merge these checkpoints instead, the base first.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller network, trained in at most 90 seconds.")] = False,
+    method: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this method; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for merges, table and chart.")] = Path("demo-out"),
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images and trained networks. [default: ~/.cache/fastmerge]")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train small networks on real images, merge them by every method, compare accuracies."""
+    with failing_politely(debug=debug, json=json):
+        from .demo.command import main as run_demo
+        from .errors import BadInput
+
+        if own and not models:
+            raise BadInput(f"unexpected {own[0]}", remedy="write --models before the checkpoints, the base first")
+        run_demo([*(models or []), *(own or [])] or None, quick=quick, out=out, cache=cache, json=json, methods=method)
+
+
+@app.command()
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Show what this installation can do on this machine, and why not more."""
     with failing_politely(debug=debug, json=json):

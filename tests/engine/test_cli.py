@@ -64,7 +64,7 @@ def test_merge_writes_a_checkpoint_folder(models):
     for name, t in {
         "model.embed_tokens.weight": 0.0,
         "model.layers.1.self_attn.q_proj.weight": 0.5,
-        "model.norm.weight": 1.0,
+        "model.norm.weight": 0.0,
     }.items():
         expected = ops.weighted_sum(base[name], [a[name], b[name]], [0.5, t], backend="reference")
         assert torch.equal(merged[name], expected)
@@ -336,6 +336,18 @@ def test_doctor_tells_what_there_is():
     assert fastmerge.doctor()["torch"] == found["torch"]
 
 
+def test_demo_passes_on_what_it_is_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("fastmerge.demo.command.main", lambda *args, **options: seen.append((args, options)))
+    assert call("demo", "--models", "base", "a", "b", "--quick", "--method", "ties", "--out", "o").exit_code == 0
+    ((models,), options) = seen[0]
+    assert models == [Path("base"), Path("a"), Path("b")]
+    assert options == {"quick": True, "out": Path("o"), "cache": None, "json": False, "methods": ["ties"]}
+    assert call("demo").exit_code == 0
+    assert seen[1][0] == (None,)
+    refused(call("demo", "base", "a"), "--models")
+
+
 # ---- fastmerge-yaml
 
 
@@ -410,7 +422,7 @@ def test_progress_of_a_resumed_job_counts_from_where_it_starts(capsys, monkeypat
 
 
 def test_help_and_version():
-    for command in ([], ["merge"], ["check"], ["methods"], ["ops"], ["doctor"]):
+    for command in ([], ["merge"], ["check"], ["methods"], ["ops"], ["doctor"], ["demo"]):
         said = call(*command, "--help")
         assert said.exit_code == 0
         assert "Usage:" in said.stdout

@@ -182,8 +182,8 @@ def test_without_a_base_the_first_model_is_the_template():
         ("model.layers.0.mlp.down_proj.weight", 0.0),
         ("model.layers.1.mlp.down_proj.weight", 0.25),
         ("model.layers.4.self_attn.q_proj.weight", 1.0),
-        ("model.norm.weight", 1.0),
-        ("lm_head.weight", 1.0),
+        ("model.norm.weight", 0.0),  # mergekit's rule: outside the layers is 0, also after them
+        ("lm_head.weight", 0.0),
     ],
 )
 def test_depth_of_a_tensor(name, t):
@@ -195,20 +195,37 @@ def test_depth_of_a_tensor(name, t):
     [
         (["layers.0.w", "layers.1.w"], [0, 1]),  # no prefix
         (["model.layers.0.w"], [1]),  # one layer is the end, as in mergekit
-        (["h.0.w", "h.2.w", "wte.weight", "wpe.weight", "ln_f.weight"], [0, 1, 0, 0, 1]),  # GPT-2
-        (["gpt_neox.embed_in.weight", "gpt_neox.layers.0.w", "gpt_neox.layers.3.w", "embed_out.weight"], [0, 0, 1, 1]),
-        (["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.w", "bert.pooler.dense.weight"], [0, 1, 1]),
+        (["h.0.w", "h.2.w", "wte.weight", "ln_f.weight"], [0, 1, 0, 0]),  # GPT-2
         (["encoder.block.1.layer.0.w", "decoder.block.1.layer.0.w", "decoder.block.2.layer.0.w"], [1, 0.5, 1]),  # T5
-        (
-            ["visual.conv1.weight", "visual.class_embedding", "visual.transformer.resblocks.5.w", "visual.proj"],
-            [0, 0, 1, 1],
-        ),
-        (["vit.patch_embed.proj.weight", "vit.cls_token", "vit.blocks.3.w", "vit.head.weight"], [0, 0, 1, 1]),
+        (["visual.conv1.weight", "visual.transformer.resblocks.5.w", "visual.proj"], [0, 1, 0]),  # CLIP
+        (["vit.patch_embed.proj.weight", "vit.blocks.1.w", "vit.blocks.4.w", "vit.head.weight"], [0, 0.25, 1, 0]),
     ],
 )
 def test_depth_needs_no_architecture(names, depths):
     found = plans(HEAD + "parameters: {lambda: [0, 1]}", names)
     assert [found[n]["lambda"] for n in names] == depths
+
+
+BEFORE = [
+    "model.embed_tokens.weight", "wte.weight", "wpe.weight", "gpt_neox.embed_in.weight", "vit.patch_embed.proj.weight",
+    "bert.embeddings.word_embeddings.weight", "vit.cls_token", "visual.conv1.weight", "visual.class_embedding", "emb.weight",
+]  # fmt: skip
+AFTER = [
+    "model.norm.weight",
+    "lm_head.weight",
+    "embed_out.weight",
+    "unembed.W_U",
+    "ln_f.bias",
+    "bert.pooler.dense.weight",
+]
+
+
+def test_slices_take_embeddings_from_the_first_and_the_rest_from_the_last():
+    text = "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
+    text += "- sources: [{model: a, layer_range: [0, 1]}]\n- sources: [{model: c, layer_range: [0, 1]}]\n"
+    found = {p.name: p.models for p in parse(text).resolve([*BEFORE, "layers.0.w", *AFTER])}
+    assert [found[n] for n in BEFORE] == [(0,)] * len(BEFORE)
+    assert [found[n] for n in AFTER] == [(1,)] * len(AFTER)
 
 
 @settings(max_examples=60, deadline=None)
@@ -268,7 +285,9 @@ slices:
 - sources:
   - {model: b, layer_range: [1, 5]}
   - {model: c, layer_range: [0, 4]}
-  parameters: {weight: [{filter: layers.4., value: 7}, {filter: layers.6., value: 8}, {value: [0, 3]}]}
+  parameters:
+    weight: [{filter: layers.1., value: 7}, {filter: layers.6., value: 8}, {value: [0, 3]}]
+    lambda: [{filter: layers.6., value: 2}, {value: 1}]
 """
     recipe = parse(text)
     found = {p.name: p for p in recipe.resolve(LLAMA)}
@@ -278,10 +297,11 @@ slices:
     assert [p.base_source for p in q] == [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1, 2, 1, 2, 3, 4)]
     assert [p.sources for p in q] == [(f"model.layers.{i}.self_attn.q_proj.weight",) for i in (0, 1, 2, 0, 1, 2, 3)]
     assert [p.models for p in q] == [(0,)] * 3 + [(1,)] * 4
-    assert [p.parameters["weight"][0] for p in q] == pytest.approx([0, 0.5, 1, 0, 7, 2, 8])  # filters see the new name
+    assert [p.parameters["weight"][0] for p in q] == pytest.approx([0, 0.5, 1, 0, 7, 2, 3])  # the model's own name
+    assert [p.parameters["lambda"] for p in q] == [1, 1, 1, 1, 1, 1, 2]  # the name in the output
     assert found["model.embed_tokens.weight"].models == (0,)  # from the first slice
     assert found["lm_head.weight"].models == (1,)  # from the last
-    assert found["lm_head.weight"].parameters["weight"] == [3.0]
+    assert found["lm_head.weight"].parameters["weight"] == [0.0]
     assert recipe.layer_sources() == [(recipe.base, i) for i in (0, 1, 2, 1, 2, 3, 4)]
 
 
