@@ -203,6 +203,22 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
         _tables.doctor(examine(), json=json)
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators; all without one.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All sizes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    budget: Annotated[float, typer.Option(min=0.01, help="Seconds per call and size.")] = 1.0,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the rows to this JSONL file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time operators against their references and the machine's limits; nothing is timed that is wrong."""
+    with failing_politely(debug=debug, json=False):
+        from .benchmarks.run import run
+
+        run(names or (), full=full, device=device, budget=budget, save=save)
+
+
 def main() -> None:
     """Entry point ``fastmerge``."""
     app()

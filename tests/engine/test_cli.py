@@ -422,7 +422,7 @@ def test_progress_of_a_resumed_job_counts_from_where_it_starts(capsys, monkeypat
 
 
 def test_help_and_version():
-    for command in ([], ["merge"], ["check"], ["methods"], ["ops"], ["doctor"], ["demo"]):
+    for command in ([], ["merge"], ["check"], ["methods"], ["ops"], ["doctor"], ["demo"], ["bench"]):
         said = call(*command, "--help")
         assert said.exit_code == 0
         assert "Usage:" in said.stdout
