@@ -17,7 +17,6 @@ from pathlib import Path
 from mergekit_cases import CASES, write_models
 from safetensors.numpy import load_file, save_file
 
-
 GOLDEN = Path(__file__).parent / "golden" / "mergekit.safetensors"
 
 
