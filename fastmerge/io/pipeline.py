@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import itertools
+import math
 import mmap
 import os
 import threading
@@ -174,6 +175,7 @@ class Stream:
         parameters: Mapping[str, Any],
         out_dtype: torch.dtype,
         start: int,
+        seed: int,
         chunk: int,
         pool: Pool,
         put: Callable[[int, Tensor], None],
@@ -185,11 +187,13 @@ class Stream:
         self.numel = 1
         for d in self.shape:
             self.numel *= d
-        self.parameters, self.out_dtype, self.start = parameters, out_dtype, start
+        self.parameters, self.out_dtype, self.start, self.seed = parameters, out_dtype, start, seed
         self.count, self.has_base = len(models), base is not None
         self.pool, self._chunk, self._put, self._place, self._inspect = pool, chunk, put, place, inspect
         self._inspected = False
-        self.resident = all(s.tensor is not None for s in ([base] if base else []) + self.models)
+        inputs = ([base] if base else []) + self.models
+        self.compute = torch.float64 if any(s.dtype == torch.float64 for s in inputs) else torch.float32
+        self.resident = all(s.tensor is not None for s in inputs)
 
     def _read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
         buffers = self.pool.buffers
@@ -200,15 +204,21 @@ class Stream:
         """Elements [begin, end), flat, valid until the next read on this thread."""
         return self._read(begin, end)
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
+    def chunks(self, align: int = 1) -> Iterator[tuple[int, int]]:
         """(begin, end) of the pieces; a tensor in memory is one piece, whose kernels use all threads."""
-        step = max(self.numel, 1) if self.resident else self._chunk
+        step = max(self.numel, 1)
+        if not self.resident:
+            unit = math.lcm(BLOCK, max(align, 1))
+            step = min(step, -(-self._chunk // unit) * unit)
         for begin in range(0, self.numel, step):
             yield begin, min(begin + step, self.numel)
 
-    def for_each(self, visit: Visit) -> None:
-        """visit(offset, base, models) over chunks that cover the tensor, from several threads at once."""
-        pieces = list(self.chunks())
+    def for_each(self, visit: Visit, align: int = 1) -> None:
+        """visit(offset, base, models) over chunks that cover the tensor, from several threads at once.
+
+        Chunks begin at multiples of BLOCK elements and of `align` (rows, say).
+        """
+        pieces = list(self.chunks(align))
         show = self._inspect if not self._inspected else None
 
         def task(i: int) -> None:

@@ -23,6 +23,9 @@ from ._method import (
     method,
     registered,
 )
+from .breadcrumbs import breadcrumbs, breadcrumbs_ties
+from .dare import dare_linear, dare_ties
+from .della import della, della_linear
 from .fr import fr
 from .karcher import karcher
 from .linear import linear
@@ -33,6 +36,7 @@ from .nuslerp import nuslerp
 from .passthrough import passthrough
 from .slerp import slerp
 from .task_arithmetic import task_arithmetic
+from .ties import ties
 
 __all__ = [
     "REQUIRED",
@@ -48,6 +52,12 @@ __all__ = [
     "Range",
     "TensorStream",
     "Weight",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
     "fr",
     "get",
     "karcher",
@@ -61,6 +71,7 @@ __all__ = [
     "passthrough",
     "slerp",
     "task_arithmetic",
+    "ties",
 ]
 
 

@@ -136,17 +136,23 @@ class TensorStream(Protocol):
     shape: tuple[int, ...]
     numel: int
     start: int  # flat index of this tensor's first element among all merged tensors, in output order
+    seed: int
     count: int  # number of (non-base) models
     has_base: bool
     out_dtype: torch.dtype
+    compute: torch.dtype  # of the arithmetic: float32, or float64 when an input is
+    resident: bool  # everything is in memory already
     parameters: Mapping[str, Any]
 
     def read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
         """Elements [begin, end) of the base and of each model, flat, valid until the next call on this thread."""
         ...
 
-    def for_each(self, visit: Callable[[int, Tensor | None, list[Tensor]], None]) -> None:
-        """visit(offset, base, models) over chunks that cover the tensor, possibly from several threads at once."""
+    def for_each(self, visit: Callable[[int, Tensor | None, list[Tensor]], None], align: int = 1) -> None:
+        """visit(offset, base, models) over chunks that cover the tensor, possibly from several threads at once.
+
+        Chunks begin at multiples of 65536 elements and of `align`.
+        """
         ...
 
     def whole(self) -> tuple[Tensor | None, list[Tensor]]:

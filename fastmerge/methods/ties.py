@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ._method import Context, Density, Models, PerModel, TensorStream, Weight, method
-from ._thresholds import model_thresholds, tensor_thresholds
+from ._thresholds import model_thresholds, of_tensor, tensor_thresholds
 
 
 @method(paper="arXiv:2306.01708", grain="element")
@@ -52,5 +52,5 @@ def _(tensors: Iterable[TensorStream], seed: int) -> Any:
 @ties.scan
 def _(tensor: TensorStream, plan: Any) -> Any:
     if plan is not None:
-        return [None if rule is None else rule.shifted(tensor.start) for rule in plan]
+        return of_tensor(plan, tensor)
     return tensor_thresholds(tensor, tensor.parameters["density"])

@@ -1,0 +1,98 @@
+"""Magnitude thresholds and L1 factors of streamed tensors: what trimming methods scan for."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import BadInput
+from ..ops.rescale import L1Stream
+from ..ops.threshold import Rule, Threshold, Window
+from ..ops.threshold_stream import ThresholdStream
+from ._method import TensorStream
+
+WHOLE = 1 << 18  # elements up to which a tensor is read at once instead of streamed
+
+
+def tensor_thresholds(
+    tensor: TensorStream, density: Sequence[float], gamma: Sequence[float] | None = None
+) -> list[Rule]:
+    """One exact rule per model for this tensor's deltas; reads the inputs once, and small parts of them again."""
+    if tensor.resident or tensor.numel <= WHOLE:
+        return ops.topk_thresholds(
+            *tensor.read(0, tensor.numel), list(density), gamma=None if gamma is None else list(gamma)
+        )
+    return _stream([tensor], density, gamma)
+
+
+def model_thresholds(tensors: Iterable[TensorStream]) -> list[Rule] | None:
+    """One rule per model over all tensors, positions counted in their concatenation; None for ``scope: tensor``."""
+    every = list(tensors)
+    if not every or every[0].parameters["scope"] != "model":
+        return None
+    density = every[0].parameters["density"]
+    for t in every:
+        if t.parameters["scope"] != "model" or t.parameters["density"] != density:
+            raise BadInput(
+                f"with scope: model, scope and density must be the same for every tensor, but {t.name!r} differs",
+                remedy="give them without filters and gradients, or use scope: tensor",
+            )
+    return _stream([t for t in every if t.numel], density, None)
+
+
+def of_tensor(rules: Sequence[Rule], tensor: TensorStream) -> list[Rule]:
+    """A tensor's own rules out of those of the concatenation."""
+    return [r.shifted(tensor.start) if isinstance(r, Threshold) else r for r in rules]
+
+
+def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Sequence[float] | None) -> list[Rule]:
+    """Selection over the concatenation of `tensors` (positions from the first one's beginning for a single tensor)."""
+    starts = [t.start if len(tensors) > 1 else 0 for t in tensors]
+    n = starts[-1] + tensors[-1].numel
+    wide = torch.float64 if any(t.compute == torch.float64 for t in tensors) else torch.float32
+    selection = ThresholdStream(n, list(density), models=tensors[0].count, gamma=gamma, compute=wide)
+
+    def parts(begin: int, end: int) -> Iterable[tuple[TensorStream, int, int, int]]:
+        """(tensor, its place in the concatenation, local begin, local end) of the tensors that [begin, end) touches."""
+        for i in range(max(0, bisect.bisect_right(starts, begin) - 1), len(tensors)):
+            t, start = tensors[i], starts[i]
+            if start >= end:
+                break
+            low, high = max(begin - start, 0), min(end - start, t.numel)
+            if low < high:
+                yield t, start, low, high
+
+    for begin, end in selection.sample_spans():
+        for t, _, low, high in parts(begin, end):
+            selection.add_sample(*t.read(low, high))
+    lock = threading.Lock()
+    while spans := selection.advance():
+        for begin, end in spans:
+            for t, start, low, high in parts(begin, end):
+                if high - low == t.numel:
+
+                    def visit(offset: int, base: Tensor | None, models: list[Tensor], start: int = start) -> None:
+                        with lock:
+                            selection.feed(base, models, start + offset)
+
+                    t.for_each(visit)
+                else:
+                    for at in range(low, high, WHOLE):
+                        selection.feed(*t.read(at, min(at + WHOLE, high)), start + at)
+    return selection.finish()
+
+
+def l1_factors(tensor: TensorStream, **trim: Any) -> list[float]:
+    """‖δ‖₁ / ‖δ'‖₁ per model for the L1 rescale, in one more pass; `trim` as L1Stream takes it."""
+    sums = L1Stream(**trim)
+    tensor.for_each(sums.feed)
+    return sums.finish()
+
+
+__all__ = ["Threshold", "Window", "l1_factors", "model_thresholds", "of_tensor", "tensor_thresholds"]
