@@ -94,7 +94,8 @@ class Job:
 
         return Stream(
             tensor.name, tensor.base, tensor.models,
-            parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start, chunk=self.chunk, pool=self.pool,
+            parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start,
+            seed=self.recipe.seed, chunk=self.chunk, pool=self.pool,
             put=put, place=place, inspect=inspect if check and self.nan != "allow" else None,
         )  # fmt: skip
 
