@@ -28,7 +28,7 @@ class Planned:
     models: list[Source]
     reference: Source  # decides shape and default dtype
     dtype: torch.dtype
-    start: int  # flat index among merged elements; of no meaning for copied tensors
+    start: int  # flat index among all merged elements, tensors in the order of their names
     copied: bool
 
     @property
@@ -87,7 +87,6 @@ def plan_tensors(
     """
     problems: list[BadInput] = []
     out: list[Planned] = []
-    start = 0
     others = {ref: m.names() for ref, m in zip(recipe.inputs, models, strict=True)}
     dtype = getattr(torch, recipe.stored_dtype) if recipe.stored_dtype else None
     for plan in recipe.resolve(template.names(), others):
@@ -112,11 +111,15 @@ def plan_tensors(
             inputs[1:] if plan.base_source is not None else inputs,
             reference,
             reference.dtype if copied or dtype is None else dtype,
-            start,
+            0,
             copied,
         )
         out.append(planned)
-        start += 0 if copied else planned.numel
+    # By name, so that selections over the whole model do not depend on how checkpoints are laid out.
+    start = 0
+    for planned in sorted((t for t in out if not t.copied), key=lambda t: t.name):
+        planned.start = start
+        start += planned.numel
     return out, problems
 
 

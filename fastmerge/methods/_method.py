@@ -135,7 +135,7 @@ class TensorStream(Protocol):
     name: str
     shape: tuple[int, ...]
     numel: int
-    start: int  # flat index of this tensor's first element among all merged tensors, in output order
+    start: int  # flat index of this tensor's first element among all merged tensors, in the order of their names
     seed: int
     count: int  # number of (non-base) models
     has_base: bool

@@ -33,7 +33,7 @@ def tensor_thresholds(
 
 def model_thresholds(tensors: Iterable[TensorStream]) -> list[Rule] | None:
     """One rule per model over all tensors, positions counted in their concatenation; None for ``scope: tensor``."""
-    every = list(tensors)
+    every = sorted(tensors, key=lambda t: t.start)
     if not every or every[0].parameters["scope"] != "model":
         return None
     density = every[0].parameters["density"]
@@ -91,7 +91,7 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
 def l1_factors(tensor: TensorStream, **trim: Any) -> list[float]:
     """‖δ‖₁ / ‖δ'‖₁ per model for the L1 rescale, in one more pass; `trim` as L1Stream takes it."""
     sums = L1Stream(**trim)
-    tensor.for_each(sums.feed)
+    tensor.for_each(lambda offset, base, models: sums.feed(base, models, offset))
     return sums.finish()
 
 
