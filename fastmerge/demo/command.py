@@ -19,10 +19,8 @@ from .chart import save_chart
 from .family import prepare
 from .measure import machine
 from .own import merge_own
-from .rows import merge_rows, plain_rows
+from .rows import FULL, QUICK, merge_rows, plain_rows, row_names
 from .table import accuracy_table, geometry_table
-
-IMAGES = {True: (100, 500), False: (300, 1000)}  # of each task: that choose parameters, that test; by quick
 
 
 def _console(json: bool) -> Console:
@@ -55,10 +53,8 @@ def _shown(console: Console, steps: int | None = None) -> Iterator[Callable[[str
         yield show
 
 
-def _chosen(names: Sequence[str] | None) -> list[str]:
-    if not names:
-        return registry.names()
-    return [registry.get(name).name for name in names]
+def _chosen(names: Sequence[str] | None, known: list[str]) -> list[str]:
+    return [name if name in known else registry.get(name).name for name in dict.fromkeys(names or known)]
 
 
 def main(
@@ -84,7 +80,7 @@ def main(
     Raises: BadInput for unknown methods and checkpoints that can not be merged; sources.DataUnavailable.
     """
     console, clock, folder = _console(json), Clock(), Path(out)
-    names = _chosen(methods)
+    names = _chosen(methods, registry.names() if models else row_names())
     if folder.exists() and not folder.is_dir():
         raise BadInput("the output is a file", where=str(folder), remedy="name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +119,13 @@ def _family(
     prepared, clock = clock.wall(), Clock()
     console.print(f"  {family.base_dir.parent}: {prepared:.1f} s", highlight=False)
     console.print(f"merging by {len(names)} methods", highlight=False)
-    calibration, test = IMAGES[quick]
-    rows = plain_rows(family, test)
-    merges, left_out = merge_rows(family, names, folder, calibration, test, lambda name: console.print(f"  {name}"))
+    budget = QUICK if quick else FULL
+    rows = plain_rows(family, budget.test)
+    merges, left_out = merge_rows(family, names, folder, budget, lambda name: console.print(f"  {name}"))
     tasks = list(family.tasks)
     whole = [row for row in merges if set(row.accuracy) == set(tasks)]
     pairs = [row for row in merges if row not in whole]
-    count = f"{len(tasks)} tasks, {test * len(tasks)} test images"
+    count = f"{len(tasks)} tasks, {budget.test * len(tasks)} test images"
     console.print(accuracy_table(f"accuracy, % ({count})", rows + whole, tasks))
     if pairs:
         two = tasks[:2]
@@ -145,8 +141,8 @@ def _family(
     return {
         "quick": quick,
         "family": str(family.base_dir.parent),
-        "tasks": {t.name: {"title": t.title, "classes": t.classes, "test": test} for t in family.tasks.values()},
-        "calibration_images_per_task": calibration,
+        "tasks": {t.name: {"title": t.title, "classes": t.classes, "test": budget.test} for t in family.tasks.values()},
+        "calibration_images_per_task": budget.calibration,
         "rows": [row.to_dict() for row in rows + whole],
         "pairs": [row.to_dict() for row in pairs],
         "left_out": left_out,

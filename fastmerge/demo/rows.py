@@ -11,7 +11,7 @@ import torch
 
 from ..engine import run
 from ..merging import merge
-from ..methods import Method, get
+from ..methods import Method, get, names
 from ..recipe import Recipe
 from .family import DemoFamily
 from .measure import Cost, measured
@@ -40,6 +40,20 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "mean": self.mean}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much data and work a run may use. Images are of each task."""
+
+    calibration: int  # images that choose parameters
+    test: int  # images that are reported
+    gradient: int  # calibration images that gradients are taken on
+    soft: tuple[int, int]  # iterations of soft Frank-Wolfe and coefficient steps in each
+
+
+QUICK = Budget(calibration=100, test=500, gradient=40, soft=(3, 6))
+FULL = Budget(calibration=300, test=1000, gradient=100, soft=(5, 15))
 
 
 def mean(accuracies: Mapping[str, float]) -> float:
@@ -74,9 +88,8 @@ def inputs_for(method: Method, tasks: list[str]) -> Inputs | str:
 class Merger:
     """Merges of one family by one method: in memory while parameters are sought, by the engine when they are found."""
 
-    def __init__(self, family: DemoFamily, calibration: int, test: int) -> None:
-        self.family = family
-        self.calibration, self.test = calibration, test  # images of each task
+    def __init__(self, family: DemoFamily, budget: Budget) -> None:
+        self.family, self.budget = family, budget
         self.states: dict[str, State] = {"": family.state(), **{t: family.state(t) for t in family.tasks}}
         self.dirs: dict[str, Path] = {"": family.base_dir, **family.task_dirs}
 
@@ -90,7 +103,7 @@ class Merger:
 
         def score(parameters: Parameters) -> float:
             state = merge(name, base, models, **keywords(parameters))
-            return mean(self.family.evaluate(state, "calibration", inputs.tasks, self.calibration))
+            return mean(self.family.evaluate(state, "calibration", inputs.tasks, self.budget.calibration))
 
         with measured() as searching:
             parameters, tried = search(method, score)
@@ -102,7 +115,7 @@ class Merger:
         )
         with measured() as cost:
             run(recipe, out, force=True)
-        accuracy = self.family.evaluate(load_checkpoint(out), "test", inputs.tasks, self.test)
+        accuracy = self.family.evaluate(load_checkpoint(out), "test", inputs.tasks, self.budget.test)
         return Row(name, "merge", accuracy, parameters, tried, searching.seconds, cost)
 
 
@@ -123,14 +136,28 @@ def plain_rows(family: DemoFamily, test: int) -> list[Row]:
     return rows
 
 
+def _special() -> dict[str, Callable[[DemoFamily, Path, Budget], Row]]:
+    """Methods that see data, each with its own way of making a row."""
+    from .frank_wolfe import hard_row, soft_row
+
+    return {"frank_wolfe": hard_row, "frank_wolfe_soft": soft_row}
+
+
+def row_names() -> list[str]:
+    """Everything the demo can merge by."""
+    return sorted({*names(), *_special()})
+
+
 def merge_rows(
-    family: DemoFamily, names: list[str], out: Path, calibration: int, test: int, tell: Callable[[str], None]
+    family: DemoFamily, wanted: list[str], out: Path, budget: Budget, tell: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, str]]:
     """One row per method and, for those that have none, the reason."""
-    merger, rows, left_out = Merger(family, calibration, test), [], {}
-    for name in names:
+    merger, special = Merger(family, budget), _special()
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    for name in wanted:
         tell(name)
-        row = merger.row(name, out / name)
+        row = special[name](family, out / name, budget) if name in special else merger.row(name, out / name)
         if isinstance(row, Row):
             rows.append(row)
         else:

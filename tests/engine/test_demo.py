@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from checks import assert_same_bits
 
-from fastmerge import demo
-from fastmerge.demo import sources, tasks, train, vit, worker
+from fastmerge import demo, methods
+from fastmerge.demo import command, rows, search, sources, tasks, train, vit, worker
+from fastmerge.errors import BadInput
 
 TINY = train.Settings(
     vit.Shape(width=48, depth=1, heads=4), pretrain_steps=60, finetune_steps=60, pretrain_rate=4e-3, finetune_rate=2e-3
@@ -162,3 +163,70 @@ def test_calibration_and_loss(family: demo.DemoFamily) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with pytest.raises(ValueError, match="'train', 'calibration' or 'test'"):
         family.split("pens", "validation")
+
+
+def test_search_walks_along_each_axis_and_keeps_the_first_of_equals() -> None:
+    method = methods.get("ties")
+    axes = search.axes(method)
+    assert list(axes) == ["lambda", "density"]
+    tried: list[search.Parameters] = []
+
+    def score(parameters: search.Parameters) -> float:
+        tried.append(parameters)
+        return -abs(parameters["lambda"] - 1.5) - abs(parameters["density"] - 0.2)
+
+    best, count = search.search(method, score)
+    assert (best["lambda"], best["density"], best["weight"]) == (1.5, 0.2, 1.0)
+    assert count == len(tried) == len({tuple(sorted(p.items())) for p in tried}), "nothing is scored twice"
+    flat, _ = search.search(method, lambda _parameters: 0.5)
+    assert flat == search.start(method, axes)
+
+
+def test_main_merges_by_the_engine_and_reports(
+    family: demo.DemoFamily, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "QUICK", TINY)
+    monkeypatch.setattr(rows, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
+    monkeypatch.setattr(command, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
+    names = ["linear", "slerp", "task_arithmetic", "frank_wolfe", "passthrough"]
+    result = demo.main(quick=True, out=tmp_path / "out", cache=cache, json=True, methods=names)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "demo.json").read_text())
+    made = {row["name"]: row for row in result["rows"]}
+    assert set(made) == {"base", *family.tasks, "individual", "linear", "task_arithmetic", "frank_wolfe"}
+    assert [row["name"] for row in result["pairs"]] == ["slerp"]
+    assert result["left_out"] == {"passthrough": "copies one model"}
+    for name in ("linear", "task_arithmetic", "frank_wolfe"):
+        saved = vit.load_checkpoint(tmp_path / "out" / name)
+        assert family.evaluate(saved, limit=50) == made[name]["accuracy"]
+        assert made[name]["cost"]["seconds"] > 0
+    average = {n: sum(family.state(t)[n].double() for t in family.tasks) / 5 for n in family.state()}
+    linear = vit.load_checkpoint(tmp_path / "out" / "linear")
+    assert all(torch.allclose(linear[n].double(), average[n], atol=1e-6) for n in average)
+    assert made["individual"]["accuracy"]["pens"] == made["pens"]["accuracy"]["pens"]
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert family.evaluate(family.state(), limit=50) == made["base"]["accuracy"]
+
+
+def test_own_models_are_told_apart_by_where_they_lie(family: demo.DemoFamily, tmp_path: Path) -> None:
+    dirs = [family.base_dir, family.task_dirs["pens"], family.task_dirs["scans"]]
+    result = demo.main(models=dirs, out=tmp_path / "out", methods=["linear", "slerp"])
+    lines = {line["name"]: line for line in result["lines"]}
+    assert list(lines) == ["pens", "scans", "linear"]
+    assert set(result["left_out"]) == {"slerp"}
+    base, pens, scans = (torch.cat([t.double().flatten() for t in vit.load_checkpoint(d).values()]) for d in dirs)
+    merged = (pens + scans) / 2 - base
+    assert lines["linear"]["norm"] == pytest.approx(float(merged.norm()), rel=1e-4)
+    assert lines["linear"]["relative"] == pytest.approx(float(merged.norm() / base.norm()), rel=1e-4)
+    cosine = torch.cosine_similarity(merged, pens - base, 0)
+    assert lines["linear"]["cosines"]["pens"] == pytest.approx(float(cosine), abs=1e-4)
+    assert lines["scans"]["cosines"]["scans"] == pytest.approx(1.0)
+
+
+def test_bad_requests_are_refused(family: demo.DemoFamily, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="unknown merge method 'tise' .did you mean 'ties'"):
+        demo.main(out=tmp_path / "out", methods=["tise"])
+    with pytest.raises(BadInput, match="--models got 1 checkpoint"):
+        demo.main(models=[family.base_dir], out=tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="the output is a file"):
+        demo.main(out=tmp_path / "file")
