@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checks import assert_same_bits
 
 from fastmerge import demo, methods
@@ -166,24 +167,28 @@ def test_calibration_and_loss(family: demo.DemoFamily) -> None:
 
 
 def test_search_walks_along_each_axis_and_keeps_the_first_of_equals() -> None:
-    method = methods.get("ties")
+    method = methods.get("fr")
     axes = search.axes(method)
-    assert list(axes) == ["lambda", "density"]
+    assert list(axes) == ["lambda", "cutoff"]
     tried: list[search.Parameters] = []
 
     def score(parameters: search.Parameters) -> float:
         tried.append(parameters)
-        return -abs(parameters["lambda"] - 1.5) - abs(parameters["density"] - 0.2)
+        return -abs(parameters["lambda"] - 1.5) - abs(parameters["cutoff"] - 0.2)
 
     best, count = search.search(method, score)
-    assert (best["lambda"], best["density"], best["weight"]) == (1.5, 0.2, 1.0)
+    assert (best["lambda"], best["cutoff"]) == (1.5, 0.2)
     assert count == len(tried) == len({tuple(sorted(p.items())) for p in tried}), "nothing is scored twice"
     flat, _ = search.search(method, lambda _parameters: 0.5)
     assert flat == search.start(method, axes)
 
 
 def test_main_merges_by_the_engine_and_reports(
-    family: demo.DemoFamily, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: demo.DemoFamily,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train, "QUICK", TINY)
     monkeypatch.setattr(rows, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
@@ -223,8 +228,8 @@ def test_own_models_are_told_apart_by_where_they_lie(family: demo.DemoFamily, tm
 
 
 def test_bad_requests_are_refused(family: demo.DemoFamily, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="unknown merge method 'tise' .did you mean 'ties'"):
-        demo.main(out=tmp_path / "out", methods=["tise"])
+    with pytest.raises(BadInput, match=r"unknown merge method 'linaer' .did you mean 'linear'"):
+        demo.main(out=tmp_path / "out", methods=["linaer"])
     with pytest.raises(BadInput, match="--models got 1 checkpoint"):
         demo.main(models=[family.base_dir], out=tmp_path / "out")
     (tmp_path / "file").write_text("")
