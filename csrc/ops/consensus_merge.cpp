@@ -56,7 +56,9 @@ FM_SIMD void join(const double* u, const double* vote, double w, double* total, 
 FM_SIMD void divide(float* total, const float* divisor, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0f ? 1.0f : divisor[i]; }
 FM_SIMD void divide(double* total, const double* divisor, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0 ? 1.0 : divisor[i]; }
 
-// The single loop. Aliasing of `out` with an input is of equal indices only, which ivdep allows.
+FM_INLINE std::uint32_t mask_of(bool b) { return -static_cast<std::uint32_t>(b); }
+
+// The single loop, without a branch, or it does not vectorise. Aliasing of `out` with an input is of equal indices only, which ivdep allows.
 template <int K, bool kNormalize, class T>
 FM_INLINE void fused(const Hot<T>& h, std::int64_t n) {
   const T* base = h.base;
@@ -74,23 +76,29 @@ FM_INLINE void fused(const Hot<T>& h, std::int64_t n) {
 #pragma GCC ivdep
   for (std::int64_t i = 0; i < n; ++i) {
     const float b = to_float(base[i]);
-    float u[K], vote = 0.0f;
+    std::uint32_t u[K];
+    float vote = 0.0f;
     for (int k = 0; k < K; ++k) {
       const float d = to_float(x[k][i]) - b;
-      u[k] = static_cast<std::int32_t>(raw_key(d)) > lo[k] ? d * c[k] : 0.0f;
-      vote = k == 0 ? u[k] : vote + u[k];
+      u[k] = bits_of(d * c[k]) & mask_of(static_cast<std::int32_t>(raw_key(d)) > lo[k]);
+      vote = k == 0 ? float_of(u[k]) : vote + float_of(u[k]);
     }
+    // A term agrees unless, turned to the elected side, it is <= 0; NaN agrees.
+    const std::uint32_t flip = ~mask_of(vote >= 0.0f) & 0x80000000u;
     float total = 0.0f, divisor = 0.0f;
     for (int k = 0; k < K; ++k) {
-      const bool agrees = vote >= 0.0f ? !(u[k] <= 0.0f) : !(u[k] >= 0.0f);
-      const float part = agrees ? u[k] : 0.0f;
+      const std::uint32_t agrees = ~mask_of(float_of(u[k] ^ flip) <= 0.0f);
+      const float part = float_of(u[k] & agrees);
       total = k == 0 ? part : total + part;
       if (kNormalize) {
-        const float share = agrees ? w[k] : 0.0f;
+        const float share = float_of(bits_of(w[k]) & agrees);
         divisor = k == 0 ? share : divisor + share;
       }
     }
-    if (kNormalize) total /= divisor == 0.0f ? 1.0f : divisor;
+    if (kNormalize) {
+      const std::uint32_t zero = mask_of(divisor == 0.0f);
+      total /= float_of((bits_of(divisor) & ~zero) | (bits_of(1.0f) & zero));
+    }
     out[i] = from_float<T>(b + total * scale);
   }
 }
