@@ -1,0 +1,49 @@
+"""Every operator has a reference, a kernel, cases, a test and a benchmark, each where a reader looks for it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastmerge.ops
+from fastmerge._dispatch import Op
+
+ROOT = Path(__file__).parent.parent
+OPS = {name: value for name in fastmerge.ops.__all__ if isinstance(value := getattr(fastmerge.ops, name), Op)}
+# fw_lmo is arithmetic on K·L numbers; its kernel is that of fw_products. pearson's is torch's GEMM.
+KERNEL_ELSEWHERE = {"fw_lmo": "csrc/ops/fw_products.cpp", "pearson": "fastmerge/ops/pearson.py"}
+
+
+def test_every_operator_module_is_in_the_table_of_contents():
+    modules = {p.stem for p in (ROOT / "fastmerge/ops").glob("*.py") if not p.stem.startswith("_")}
+    defined = {m for m in modules if "@op(" in (ROOT / f"fastmerge/ops/{m}.py").read_text()}
+    assert defined == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operator_is_complete(name):
+    the_op = OPS[name]
+    assert (ROOT / f"fastmerge/ops/{name}.py").is_file()
+    assert the_op.cases, f"{name} has no cases"
+    assert the_op.backends, f"{name} has no backend besides its reference"
+    kernels = [f"csrc/ops/{name}.cpp", f"csrc/ops/{name}.cu", f"triton_kernels/{name}.py", KERNEL_ELSEWHERE.get(name)]
+    assert any(k and (ROOT / k).is_file() for k in kernels), f"{name} has no kernel"
+    assert (ROOT / f"tests/ops/test_{name}.py").is_file(), f"{name} has no test"
+    assert (ROOT / f"benchmarks/ops/{name}.py").is_file(), f"{name} has no benchmark"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstring_says_what_it_must(name):
+    doc = OPS[name].reference.__doc__ or ""
+    for part in ("Numerics:", "Cost:", "Raises:"):
+        assert part in doc, f"{name}: the docstring has no {part}"
+    assert f"class {OPS[name].numerics}" in doc, (
+        f"{name}: the docstring names another numerics class than {OPS[name].numerics}"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/ops").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_benchmarks_are_of_operators(path):
+    assert path.stem in OPS
+    names = [t.id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for t in node.targets]
+    assert "BENCH" in names
