@@ -45,5 +45,10 @@ def test_docstring_says_what_it_must(name):
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/ops").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_benchmarks_are_of_operators(path):
     assert path.stem in OPS
-    names = [t.id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for t in node.targets]
+    names = [
+        ast.unparse(t)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+    ]
     assert "BENCH" in names
