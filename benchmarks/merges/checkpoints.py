@@ -37,6 +37,17 @@ def shapes(hidden: int, inter: int, layers: int, vocabulary: int) -> dict[str, t
     return out
 
 
+def config(shape: dict[str, tuple[int, ...]]) -> dict[str, object]:
+    """What transformers needs to know of such a model."""
+    vocabulary, hidden = shape["model.embed_tokens.weight"]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
+        "intermediate_size": shape["model.layers.0.mlp.up_proj.weight"][0], "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in shape),
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
 def write(folder: Path, shape: dict[str, tuple[int, ...]], seed: int) -> None:
     """Model number `seed` (0 = the base) into `folder`, one tensor in memory at a time but for its shard."""
     from safetensors.torch import save_file
@@ -59,8 +70,7 @@ def write(folder: Path, shape: dict[str, tuple[int, ...]], seed: int) -> None:
         save_file(tensors, folder / f"model-{at + 1:05d}-of-{SHARDS:05d}.safetensors", metadata={"format": "pt"})
     index = {"metadata": {"total_size": 2 * total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config(shape)))
 
 
 def family(

@@ -46,9 +46,7 @@ class Row:
 def recipe(method: str, folder: Path) -> Path:
     """The YAML both programs are given."""
     models = "\n".join(f"  - model: {folder / f'model{i}'}" for i in range(1, 5))
-    text = (
-        f"merge_method: {method}\nmodels:\n{models}\n{METHODS[method].format(base=folder / 'base')}\ndtype: bfloat16\n"
-    )
+    text = f"merge_method: {method}\nmodels:\n{models}\n{METHODS[method].replace('{base}', str(folder / 'base'))}\ndtype: bfloat16\n"
     path = folder / f"{method}.yml"
     path.write_text(text)
     return path
@@ -142,7 +140,7 @@ def agreement(method: str, folder: Path, ours: Path, theirs: Path) -> dict[str, 
 def _tensor(checkpoint: Any, name: str) -> Any:
     from safetensors import safe_open
 
-    with safe_open(checkpoint.folder / checkpoint.entry(name).file.name, "pt") as f:
+    with safe_open(checkpoint.folder / checkpoint.shard_of(name), "pt") as f:
         return f.get_tensor(name).float()
 
 
@@ -183,7 +181,7 @@ def main() -> None:
         )
         said = subprocess.run(
             [sys.executable, "-m", "fastmerge.benchmarks.merges.peers", str(folder), "--agree", method, fm.out, mk.out],
-            check=True, capture_output=True, text=True,
+            check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         agree = json.loads(said.stdout)
         print(f"{'':<17}" + ", ".join(f"{k} {v:.2%}" for k, v in agree.items()), flush=True)
