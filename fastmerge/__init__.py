@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import methods, ops
+    from . import experts, methods, ops
     from ._dispatch import BackendUnavailable, use_backend
     from ._doctor import doctor
     from .engine import run
@@ -32,6 +32,7 @@ _HOME = {
     "Recipe": "recipe",
     "Report": "report",
     "doctor": "_doctor",
+    "experts": None,
     "frank_wolfe": "fw",
     "frank_wolfe_soft": "fw",
     "gradient": "gradients",
@@ -52,6 +53,7 @@ __all__ = [
     "Recipe",
     "Report",
     "doctor",
+    "experts",
     "frank_wolfe",
     "frank_wolfe_soft",
     "gradient",
