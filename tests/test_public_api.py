@@ -21,6 +21,7 @@ PUBLIC = [
     "Recipe",
     "Report",
     "doctor",
+    "experts",
     "frank_wolfe",
     "frank_wolfe_soft",
     "gradient",
