@@ -3,6 +3,8 @@
 The stock interpreter keeps bfloat16 as raw 16-bit integers: it truncates where a GPU rounds to nearest even, and it
 adds, compares and multiplies the integers. The kernels here only ever convert bfloat16 (load, to float32, compute,
 round at the store), so the repair is the two conversions, and arithmetic on bfloat16 raises instead of lying.
+
+Integer arguments from 2^31 to 2^32 - 1 are held in 32 bits under the name of int64, and then wrap: repaired too.
 """
 
 from __future__ import annotations
@@ -76,6 +78,15 @@ def repair() -> None:
             return original(self, *args)
 
         return run
+
+    convert = interpreter._implicit_cvt
+
+    def implicit_cvt(arg: Any) -> Any:
+        if isinstance(arg, int) and not isinstance(arg, bool) and 1 << 31 <= arg < 1 << 32:
+            return tl.tensor(handle(np.array([arg], dtype=np.int64), tl.int64), tl.int64)
+        return convert(arg)
+
+    interpreter._implicit_cvt = implicit_cvt
 
     bitwise = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
     binary = builder.binary_op

@@ -86,6 +86,11 @@ def tl_dtype(dtype: torch.dtype) -> Any:
     }[dtype]
 
 
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Arithmetic is done in float32, or in float64 when an input is float64."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def upload(values: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, copied from pinned memory so that the host does not wait."""
     table = torch.as_tensor(values, dtype=dtype)

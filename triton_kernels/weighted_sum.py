@@ -31,6 +31,7 @@ from ._jit import (
     tl_dtype,
     triton,
     upload,
+    wide_dtype,
     write,
 )
 
@@ -147,7 +148,7 @@ def weighted_sum(
         return weighted_sum_many([(base, models, weights, divisor, scale, out)], block=block)[0]
     base = None if base is None else base.contiguous()
     models = tuple(m.contiguous() for m in models)
-    compute = _compute(base, models)
+    compute = wide_dtype(base, *models)
     block = block or block_size(compute)
     launch(
         weighted_sum_kernel,
@@ -176,7 +177,7 @@ def weighted_sum_many(jobs: Sequence[Job], *, block: int | None = None) -> list[
     for base, models, weights, divisor, scale, out in jobs:
         base = None if base is None else base.contiguous()
         models = [m.contiguous() for m in models]
-        compute = _compute(base, models)
+        compute = wide_dtype(base, *models)
         if len({m.dtype for m in models}) > 1:
             models = [m.to(compute) for m in models]  # exact: the compute dtype holds every input dtype
         key = (compute, base is None, base is not None and base.dtype, models[0].dtype, out.dtype, len(models),
@@ -215,8 +216,3 @@ def _launch_group(group: list[Job], compute: torch.dtype, is_aligned: bool, bloc
         maxnreg=64,
         device=out.device,
     )
-
-
-def _compute(base: Tensor | None, models: Sequence[Tensor]) -> torch.dtype:
-    inputs = [*models, *([] if base is None else [base])]
-    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import require_float
 from .philox import draw_key, draw_limit, draws
@@ -53,14 +53,18 @@ def reference_mask(
     draw = draws(x.numel(), key=key, stream=stream, offset=offset, device=x.device)
     if epsilon == 0.0 or not 0.0 < density < 1.0 or x.numel() == 0:
         return (draw < draw_limit(density)).view(x.shape)
+    first, span, divisor = rank_limits(density, epsilon, row_length(x))
+    limit = first + torch.div(row_ranks(x) * span, divisor, rounding_mode="floor")
+    return (draw < limit.view(-1)).view(x.shape)
+
+
+def row_ranks(x: Tensor) -> Tensor:
+    """int64 [rows, length]: the rank by |x| within each row of a tensor that is not empty, 0 the smallest."""
     length = row_length(x)
     descending = magnitude_key(x).reshape(-1, length).sort(dim=-1, descending=True, stable=True).indices
     # The largest has rank length - 1; of equals the lowest index ranks highest, as in topk_mask.
     ranks = torch.empty_like(descending)
-    ranks.scatter_(-1, descending, torch.arange(length - 1, -1, -1, device=x.device).expand_as(descending))
-    first, span, divisor = rank_limits(density, epsilon, length)
-    limit = first + torch.div(ranks * span, divisor, rounding_mode="floor")
-    return (draw < limit.view(-1)).view(x.shape)
+    return ranks.scatter_(-1, descending, torch.arange(length - 1, -1, -1, device=x.device).expand_as(descending))
 
 
 def _check(x: Tensor, density: float, epsilon: float, stream: int, offset: int, rescale: str | None) -> None:
@@ -142,6 +146,18 @@ def _random_mask_cpu(
         rows = dense.data_ptr(), _native.DTYPES[x.dtype], x.numel() // length, length
         _native.lib().rank_mask(mask.data_ptr(), *rows, *rank_limits(density, epsilon, length), *draws_of)
     return mask if rescale is None else apply_mask(x, mask, density)
+
+
+@random_mask.backend("triton", when=lambda x, *_, **__: _triton.why_not(x))
+def _random_mask_triton(x, density, *, epsilon=0.0, seed=0, name="", stream=0, offset=0, rescale=None):  # type: ignore[no-untyped-def]
+    _check(x, density, epsilon, stream, offset, rescale)
+    ranked = epsilon > 0.0 and 0.0 < density < 1.0 and x.numel() > 0
+    limits = rank_limits(density, epsilon, row_length(x)) if ranked else (draw_limit(density), 0, 1)
+    return _triton.kernel("random_mask")(
+        x, torch.empty(x.shape, dtype=x.dtype if rescale else torch.bool, device=x.device), limits,
+        key=draw_key(seed, name), stream=stream, offset=offset, ranks=row_ranks(x) if ranked else None,
+        factor=None if rescale is None else 1.0 / density if density > 0 else 1.0,
+    )  # fmt: skip
 
 
 @random_mask.case("uniform, odd size")

@@ -55,3 +55,24 @@ def _() -> object:
         base, out, *models = tensors(5, torch.bfloat16)
         jobs.append((base, models, [0.3] * 3, None, 1.0, out))
     return _triton.kernel("weighted_sum", "weighted_sum_many")(jobs)
+
+
+@scenario("random_mask, the mask alone")
+def _() -> object:
+    (x,) = tensors(1, torch.bfloat16)
+    out = torch.zeros(ODD, dtype=torch.bool)
+    return _triton.kernel("random_mask")(x, out, (2**31, 0, 1), key=(1, 2), stream=0, offset=0)
+
+
+@scenario("random_mask bf16, rescaled")
+def _() -> object:
+    x, out = tensors(2, torch.bfloat16)
+    return _triton.kernel("random_mask")(x, out, (2**31, 0, 1), key=(1, 2), stream=0, offset=0, factor=2.0)
+
+
+@scenario("random_mask, by rank, inside a call")
+def _() -> object:
+    (x,) = tensors(1, torch.float32)
+    out = torch.zeros(ODD, dtype=torch.bool)
+    ranks = torch.zeros(ODD, dtype=torch.int64)
+    return _triton.kernel("random_mask")(x, out, (2**30, 2**29, 77), key=(1, 2), stream=0, offset=3, ranks=ranks)
