@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import require_float
 from .threshold import KEEP_NONE, Threshold, Window, kept_count, magnitude_key, require_density, topk_thresholds
@@ -66,6 +66,16 @@ def _topk_mask_cpu(x: Tensor, density: float, *, dim: int | None = None) -> Tens
         return mask
     _native.lib().topk_rows(*where, rows.numel() // n, n, k, _native.threads())
     return mask.movedim(-1, axis).contiguous()
+
+
+@topk_mask.backend("triton", when=lambda x, *_, **__: _triton.why_not(x))
+def _topk_mask_triton(x, density, *, dim=None):  # type: ignore[no-untyped-def]
+    axis = _validated_dim(x, density, dim)
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, -1)
+    flat = rows.reshape(-1, rows.shape[-1]) if rows.numel() else rows.reshape(0, 1)
+    out = torch.empty(flat.shape, dtype=torch.bool, device=x.device)
+    mask = _triton.kernel("topk_mask")(flat, kept_count(density, rows.shape[-1]), out).view(rows.shape)
+    return mask.reshape(x.shape) if axis is None else mask.movedim(-1, axis).contiguous()
 
 
 @topk_mask.case("normal, odd size")

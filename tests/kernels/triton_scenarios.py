@@ -76,3 +76,29 @@ def _() -> object:
     out = torch.zeros(ODD, dtype=torch.bool)
     ranks = torch.zeros(ODD, dtype=torch.int64)
     return _triton.kernel("random_mask")(x, out, (2**30, 2**29, 77), key=(1, 2), stream=0, offset=3, ranks=ranks)
+
+
+@scenario("topk_mask fp32, one tensor")
+def _() -> object:
+    (x,) = tensors(1, torch.float32, 1, 20_001)
+    return _triton.kernel("topk_mask")(x, 2000, torch.zeros(x.shape, dtype=torch.bool))
+
+
+@scenario("topk_mask fp32, rows of 4096")
+def _() -> object:
+    (x,) = tensors(1, torch.float32, 8, 4096)
+    return _triton.kernel("topk_mask")(x, 400, torch.zeros(x.shape, dtype=torch.bool))
+
+
+@scenario("topk_mask bf16, rows of 16384")
+def _() -> object:
+    (x,) = tensors(1, torch.bfloat16, 8, 16384)
+    return _triton.kernel("topk_mask")(x, 400, torch.zeros(x.shape, dtype=torch.bool))
+
+
+@scenario("selection of bf16 deltas")
+def _() -> object:
+    from fastmerge.triton_kernels._select import Segment, select
+
+    base, x = tensors(2, torch.bfloat16, 20_001)
+    return select([Segment(base, x, 2000)], torch.zeros(1, 2, dtype=torch.int64), [0])
