@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, address, aligned, block_map, jit, launch, tl, tl_dtype, upload, wide_dtype
+from ._jit import INTERPRETING, address, aligned, block_map, jit, launch, read, tl, tl_dtype, upload, wide_dtype
 
 BINS = 4096
 _COLUMNS = tl and tl.constexpr(6)  # of the segment table: base, x, n, capacity, first candidate, first program
@@ -47,10 +47,13 @@ def magnitude_key(x):
 
 
 @jit
-def _keys(row, offsets, ok, HAS_BASE: tl.constexpr, BASE: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    x = tl.load(address(row + 1, X, ALIGNED) + offsets, mask=ok, other=0.0).to(COMPUTE)
+def _keys(
+    row, start, offsets, left, HAS_BASE: tl.constexpr, BASE: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    x = read(address(row + 1, X, ALIGNED) + start, offsets, left, COMPUTE, MASKED)
     if HAS_BASE:
-        x = x - tl.load(address(row, BASE, ALIGNED) + offsets, mask=ok, other=0.0).to(COMPUTE)
+        x = x - read(address(row, BASE, ALIGNED) + start, offsets, left, COMPUTE, MASKED)
     return magnitude_key(x)
 
 
@@ -74,33 +77,35 @@ def count_digit_kernel(
     state = state_ptr + segment * _STATE
     counters = counter_ptr + segment * BINS
     start = (pid - tl.load(row + 5)) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
+    left = tl.load(row + 2) - start
+    offsets = tl.arange(0, BLOCK)
     if FIRST:
-        ok = offsets < tl.load(row + 2)
-        key = _keys(row, offsets, ok, HAS_BASE, BASE, X, COMPUTE, ALIGNED)
-        _count(counters, key, ok, shift, width, BINS)
+        if left >= BLOCK:
+            key = _keys(row, start, offsets, 0, HAS_BASE, BASE, X, COMPUTE, ALIGNED, False)
+            _count(counters, key, None, shift, width, BINS)
+        else:
+            key = _keys(row, start, offsets, left.to(tl.int32), HAS_BASE, BASE, X, COMPUTE, ALIGNED, True)
+            _count(counters, key, offsets < left, shift, width, BINS)
     elif tl.load(state + 5) == 0:
         prefix = tl.load(state).to(key_ptr.dtype.element_ty)
         chosen = tl.load(state + 4)
-        if tl.load(state + 3) <= tl.load(row + 3):  # the candidates were copied aside
-            stored = tl.load(state + 3)
-            if start < stored:
-                ok = offsets < stored
-                at = tl.load(row + 4) + offsets
-                key = tl.load(key_ptr + at, mask=ok, other=0)
-                if ON_INDEX:
-                    index = tl.load(index_ptr + at, mask=ok, other=0).to(tl.int64)
-                    ok = ok & (key == prefix) & (((~index) >> (shift + width)) == (chosen >> (shift + width)))
-                    _count(counters, ~index, ok, shift, width, BINS)
-                else:
-                    ok = ok & ((key >> (shift + width)) == (prefix >> (shift + width)))
-                    _count(counters, key, ok, shift, width, BINS)
-        else:
-            ok = offsets < tl.load(row + 2)
-            key = _keys(row, offsets, ok, HAS_BASE, BASE, X, COMPUTE, ALIGNED)
+        stored = tl.load(state + 3)
+        copied = stored <= tl.load(row + 3)
+        if copied:
+            left = stored - start
+        if left > 0:
+            ok = offsets < left
+            if copied:
+                at = tl.load(row + 4) + start
+                key = tl.load(key_ptr + at + offsets, mask=ok, other=0)
+            else:
+                key = _keys(row, start, offsets, left, HAS_BASE, BASE, X, COMPUTE, ALIGNED, True)
             if ON_INDEX:
-                ok = ok & (key == prefix) & (((~offsets) >> (shift + width)) == (chosen >> (shift + width)))
-                _count(counters, ~offsets, ok, shift, width, BINS)
+                index = start + offsets
+                if copied:
+                    index = tl.load(index_ptr + tl.load(row + 4) + index, mask=ok, other=0).to(tl.int64)
+                ok = ok & (key == prefix) & (((~index) >> (shift + width)) == (chosen >> (shift + width)))
+                _count(counters, ~index, ok, shift, width, BINS)
             else:
                 ok = ok & ((key >> (shift + width)) == (prefix >> (shift + width)))
                 _count(counters, key, ok, shift, width, BINS)
@@ -150,15 +155,19 @@ def copy_candidates_kernel(
     row = table_ptr + segment * _COLUMNS
     state = state_ptr + segment * _STATE
     if tl.load(state + 3) <= tl.load(row + 3):
-        offsets = (pid - tl.load(row + 5)) * BLOCK + tl.arange(0, BLOCK)
-        ok = offsets < tl.load(row + 2)
-        key = _keys(row, offsets, ok, HAS_BASE, BASE, X, COMPUTE, ALIGNED)
-        ok = ok & ((key >> shift) == (tl.load(state) >> shift).to(key.dtype))
+        start = (pid - tl.load(row + 5)) * BLOCK
+        left = tl.load(row + 2) - start
+        offsets = tl.arange(0, BLOCK)
+        if left >= BLOCK:
+            key = _keys(row, start, offsets, 0, HAS_BASE, BASE, X, COMPUTE, ALIGNED, False)
+        else:
+            key = _keys(row, start, offsets, left.to(tl.int32), HAS_BASE, BASE, X, COMPUTE, ALIGNED, True)
+        ok = (offsets < left) & ((key >> shift) == (tl.load(state) >> shift).to(key.dtype))
         place = tl.cumsum(ok.to(tl.int32), 0)
         at = tl.atomic_add(state + 6, tl.sum(ok.to(tl.int32), 0).to(tl.int64))
-        at = tl.load(row + 4) + at + place - 1
-        tl.store(key_ptr + at, key, mask=ok)
-        tl.store(index_ptr + at, offsets.to(index_ptr.dtype.element_ty), mask=ok)
+        at = tl.load(row + 4) + at - 1
+        tl.store(key_ptr + at + place, key, mask=ok)
+        tl.store(index_ptr + at + place, (start + offsets).to(index_ptr.dtype.element_ty), mask=ok)
 
 
 def _digits(compute: torch.dtype, short: bool) -> list[tuple[int, int]]:
@@ -210,7 +219,7 @@ def _select_group(segments: list[Segment], block: int | None) -> Tensor:
 
     def decide(shift: int, width: int, *, is_first: bool, is_last: bool, on_index: bool) -> None:
         launch(count_digit_kernel, (len(owner_host),), table, owner, state, counters, key, index, shift, width,
-               FIRST=is_first, ON_INDEX=on_index, BINS=BINS, num_warps=8, device=device, **data)  # fmt: skip
+               FIRST=is_first, ON_INDEX=on_index, BINS=BINS, num_warps=16, device=device, **data)  # fmt: skip
         launch(pick_digit_kernel, (len(segments),), table, state, counters, shift, FIRST=is_first,
                LAST_OF_KEY=is_last, ON_INDEX=on_index, BINS=BINS, num_warps=8, device=device)  # fmt: skip
 
@@ -219,7 +228,7 @@ def _select_group(segments: list[Segment], block: int | None) -> Tensor:
         decide(shift, width, is_first=i == 0, is_last=i == len(digits) - 1, on_index=False)
         if i == 0:
             launch(copy_candidates_kernel, (len(owner_host),), table, owner, state, key, index, shift,
-                   num_warps=8, device=device, **data)  # fmt: skip
+                   num_warps=16, device=device, **data)  # fmt: skip
     bits_left = max(1, (max(sizes) - 1).bit_length())
     while bits_left:
         width = min(12, bits_left)

@@ -38,14 +38,18 @@ def topk_row_kernel(x_ptr, out_ptr, length, k, COMPUTE: tl.constexpr, HIGH: tl.c
 
 
 @jit
-def rule_mask_kernel(x_ptr, rule_ptr, out_ptr, length, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """The mask of rows [gridDim.y, length], each by its rule."""
+def rule_mask_kernel(
+    x_ptr, rule_ptr, out_ptr, length, SINGLE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The mask of rows [gridDim.y, length], each by its rule; of a single row the compiler knows the alignment."""
     row = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     threshold = tl.load(rule_ptr + 2 * row)
     last = tl.minimum(tl.load(rule_ptr + 2 * row + 1) - start, BLOCK).to(tl.int32)  # compared as 32-bit offsets
-    at = row * length + start
+    at = start
+    if not SINGLE:
+        at += row * length
     if start + BLOCK <= length:
         key = magnitude_key(read(x_ptr + at, offsets, 0, COMPUTE, False))
         keep = (key > threshold.to(key.dtype)) | ((key == threshold.to(key.dtype)) & (offsets <= last))
@@ -70,7 +74,7 @@ def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None) -> Te
         padded = triton.next_power_of_2(length)
         launch(
             topk_row_kernel, (rows,), x, out.view(torch.uint8), length, k, COMPUTE=tl_dtype(compute), HIGH=high,
-            LOW=low, BLOCK=padded, num_warps=min(16, max(1, padded // 512)), device=x.device,
+            LOW=low, BLOCK=padded, num_warps=min(32, max(1, padded // 512)), device=x.device,
         )  # fmt: skip
         return out
     rules = torch.empty(rows, 2, dtype=torch.int64, device=x.device)
@@ -82,7 +86,7 @@ def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None) -> Te
         end = min(rows, begin + 65535)
         launch(
             rule_mask_kernel, (triton.cdiv(length, step), end - begin), x[begin:end], rules[begin:end],
-            out[begin:end].view(torch.uint8), length, COMPUTE=tl_dtype(compute), BLOCK=step, maxnreg=64,
+            out[begin:end].view(torch.uint8), length, SINGLE=rows == 1, COMPUTE=tl_dtype(compute), BLOCK=step, maxnreg=64,
             device=x.device,
         )  # fmt: skip
     return out

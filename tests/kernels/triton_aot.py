@@ -112,7 +112,7 @@ def amd_row(kernel: Any) -> dict[str, Any]:
     registers = number("vgpr_count")
     return {
         "registers": registers,
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),  # scalar registers spill to vector lanes, not to memory
         "shared": number("group_segment_fixed_size"),
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
@@ -130,8 +130,12 @@ def rows(target: str) -> dict[str, dict[str, Any]]:
     with compiling(target) as compiled:
         for scenario, launch in SCENARIOS.items():
             launch()
+            variants: dict[str, list[str]] = {}
             for name, kernel in compiled:
-                found.setdefault(f"{scenario} / {name}", kernel)
+                known = variants.setdefault(name, [])
+                if kernel.hash not in known:
+                    known.append(kernel.hash)
+                    found[f"{scenario} / {name}" + (f" {len(known)}" if len(known) > 1 else "")] = kernel
             compiled.clear()
     with ThreadPoolExecutor(2) as pool:
         read = (lambda k: nvidia_row(k, arch)) if backend == "cuda" else amd_row
