@@ -51,6 +51,11 @@ def block_size(compute: torch.dtype) -> int:
     return 4 * int(_target().warp_size) * (4 if compute == torch.float64 else 8)
 
 
+def warps(nvidia: int) -> int:
+    """Warps of 32 threads as warps of this GPU: 64 threads on AMD."""
+    return nvidia if INTERPRETING else max(1, nvidia * 32 // int(_target().warp_size))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
     """Runs `kernel` over `grid` on the device of its tensors, without contraction.
 

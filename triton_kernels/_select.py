@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, address, aligned, block_map, jit, launch, read, tl, tl_dtype, upload, wide_dtype
+from ._jit import INTERPRETING, address, aligned, block_map, jit, launch, read, tl, tl_dtype, upload, warps, wide_dtype
 
 BINS = 4096
 _COLUMNS = tl and tl.constexpr(6)  # of the segment table: base, x, n, capacity, first candidate, first program
@@ -219,7 +219,7 @@ def _select_group(segments: list[Segment], block: int | None) -> Tensor:
 
     def decide(shift: int, width: int, *, is_first: bool, is_last: bool, on_index: bool) -> None:
         launch(count_digit_kernel, (len(owner_host),), table, owner, state, counters, key, index, shift, width,
-               FIRST=is_first, ON_INDEX=on_index, BINS=BINS, num_warps=16, device=device, **data)  # fmt: skip
+               FIRST=is_first, ON_INDEX=on_index, BINS=BINS, num_warps=warps(16), maxnreg=64, device=device, **data)  # fmt: skip
         launch(pick_digit_kernel, (len(segments),), table, state, counters, shift, FIRST=is_first,
                LAST_OF_KEY=is_last, ON_INDEX=on_index, BINS=BINS, num_warps=8, device=device)  # fmt: skip
 
@@ -228,7 +228,7 @@ def _select_group(segments: list[Segment], block: int | None) -> Tensor:
         decide(shift, width, is_first=i == 0, is_last=i == len(digits) - 1, on_index=False)
         if i == 0:
             launch(copy_candidates_kernel, (len(owner_host),), table, owner, state, key, index, shift,
-                   num_warps=16, device=device, **data)  # fmt: skip
+                   num_warps=warps(16), maxnreg=64, device=device, **data)  # fmt: skip
     bits_left = max(1, (max(sizes) - 1).bit_length())
     while bits_left:
         width = min(12, bits_left)

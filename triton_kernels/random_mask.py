@@ -20,7 +20,7 @@ def digits(call, k0, k1, stream, WHICH: tl.constexpr, BLOCK: tl.constexpr):
     """The 16-bit digits number WHICH of BLOCK elements, those of calls [call, call + BLOCK / 8)."""
     calls = call + tl.arange(0, BLOCK // 8)
     low, high = calls.to(tl.uint32), (calls >> 32).to(tl.uint32)
-    c2, c3 = tl.zeros_like(low) + stream.to(tl.uint32), tl.full(low.shape, WHICH, tl.uint32)
+    c2, c3 = (tl.zeros_like(low) + stream).to(tl.uint32), tl.full(low.shape, WHICH, tl.uint32)
     w0, w1, w2, w3 = tl.philox_impl(low, high, c2, c3, k0.to(tl.uint32), k1.to(tl.uint32), 10)
     even = tl.join(tl.join(w0, w2), tl.join(w1, w3)) & 0xFFFF  # [calls, 2, 2]: word = 2 · first + second
     odd = tl.join(tl.join(w0, w2), tl.join(w1, w3)) >> 16

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, block_size, jit, launch, read, tl, tl_dtype, triton, wide_dtype
+from ._jit import INTERPRETING, block_size, jit, launch, read, tl, tl_dtype, triton, warps, wide_dtype
 from ._select import Segment, magnitude_key, select
 
 ROW = 16384  # longest row that a program holds
@@ -74,7 +74,7 @@ def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None) -> Te
         padded = triton.next_power_of_2(length)
         launch(
             topk_row_kernel, (rows,), x, out.view(torch.uint8), length, k, COMPUTE=tl_dtype(compute), HIGH=high,
-            LOW=low, BLOCK=padded, num_warps=min(32, max(1, padded // 512)), device=x.device,
+            LOW=low, BLOCK=padded, num_warps=warps(min(32, max(1, padded // 512))), device=x.device,
         )  # fmt: skip
         return out
     rules = torch.empty(rows, 2, dtype=torch.int64, device=x.device)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import result_like
 from ._consensus_plan import ConsensusPlan, make_plan, native_trims
+from ._consensus_triton import triton_job
 from .random_mask import row_length
 from .rescale import delta_sums, factors_of, keep_mask, reference_sums
 from .threshold import Rule, Threshold, native_arrays, reference_thresholds, topk_thresholds
@@ -200,6 +201,26 @@ def _consensus_merge_cpu(
         offset,
         _native.threads(),
     )
+    return dense if dense is result else result.copy_(dense)
+
+
+def _triton_when(base, models, *_, rescale=None, factors=None, trim="topk", **__):  # type: ignore[no-untyped-def]
+    tensors = [*models, *([] if base is None else [base])]
+    if rescale == "l1" and factors is None and trim is not None and any(t.dtype == torch.float64 for t in tensors):
+        return "rescale='l1' of float64 deltas: the last bit of the norms is not the reference's there; pass factors"
+    return _triton.why_not(*tensors)
+
+
+@consensus_merge.backend("triton", when=_triton_when)
+def _consensus_merge_triton(base, models, weight, density=1.0, *, dtype=None, out=None, **arguments):  # type: ignore[no-untyped-def]
+    options = {k: p.default for k, p in consensus_merge.signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    options.update(arguments)
+    scale = options.pop("scale")
+    plan = make_plan(base, models, weight, density, **{k: v for k, v in options.items() if k not in ("dtype", "out")})
+    result = result_like("consensus_merge", base if base is not None else models[0], dtype, out)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
+    job = triton_job(base, models, dense, plan, options["elect"], options["normalize"], scale, options["offset"])
+    _triton.kernel("consensus_merge")(job)
     return dense if dense is result else result.copy_(dense)
 
 

@@ -96,6 +96,7 @@ def nvidia_row(kernel: Any, arch: int) -> dict[str, Any]:
         "shared": shared,
         "wide_loads": sum(i.startswith("LDG") and ".128" in i for i in memory),
         "wide_stores": sum(i.startswith("STG") and ".128" in i for i in memory),
+        "half_loads": sum(i.startswith("LDG") and ".64" in i for i in memory),
         "fma": len(re.findall(r"\b[FD]FMA", sass)),
         "occupancy": round(occupancy(arch, registers, shared, kernel.metadata.num_warps * 32), 3),
     }
@@ -116,6 +117,7 @@ def amd_row(kernel: Any) -> dict[str, Any]:
         "shared": number("group_segment_fixed_size"),
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+        "half_loads": len(re.findall(r"(?:global|buffer)_load_dwordx2", text)),
         # gfx942: 512 vector registers a SIMD lane, allocated by 8, at most 8 waves.
         "occupancy": round(min(8, 512 // (-(-registers // 8) * 8)) / 8, 3),
     }

@@ -102,3 +102,41 @@ def _() -> object:
 
     base, x = tensors(2, torch.bfloat16, 20_001)
     return select([Segment(base, x, 2000)], torch.zeros(1, 2, dtype=torch.int64), [0])
+
+
+def _consensus(dtype: torch.dtype, count: int, **options: object) -> object:
+    base, out, *models = tensors(count + 2, dtype)
+    job = _triton.kernel("consensus_merge", "Job")(
+        base=base, models=models, out=out, weights=[0.3] * count, coefficients=[0.3] * count, **options
+    )
+    return _triton.kernel("consensus_merge")(job)
+
+
+@scenario("consensus_merge bf16, ties with thresholds, normalised")
+def _() -> object:
+    return _consensus(torch.bfloat16, 4, trim=1, divisor=1.2, rules=[(5, 6, 2**31 - 1, -1)] * 4)
+
+
+@scenario("consensus_merge fp32, ties by count")
+def _() -> object:
+    return _consensus(torch.float32, 3, trim=1, elect=1, rules=[(5, 6, 2**31 - 1, -1)] * 3)
+
+
+@scenario("consensus_merge bf16, breadcrumbs without election")
+def _() -> object:
+    return _consensus(torch.bfloat16, 3, trim=2, elect=2, rules=[(5, 6, 7, 8)] * 3)
+
+
+@scenario("consensus_merge bf16, dare_ties")
+def _() -> object:
+    return _consensus(torch.bfloat16, 3, trim=3, key=(1, 2), limits=[2**30] * 3)
+
+
+@scenario("consensus_merge bf16, byte masks and l1 norms")
+def _() -> object:
+    base, out, *models = tensors(5, torch.bfloat16)
+    job = _triton.kernel("consensus_merge", "Job")(
+        base=base, models=models, out=out, weights=[0.3] * 3, coefficients=None, trim=4,
+        masks=tensors(3, torch.bool),
+    )  # fmt: skip
+    return _triton.kernel("consensus_merge")(job)
