@@ -14,7 +14,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -42,6 +42,7 @@ class Backend:
     name: str
     run: Callable[..., Any]
     when: Callable[..., str | None]
+    detail: Callable[..., str] | None = None  # which of several ways it would take, for explain()
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,13 @@ class Explanation:
     op: str
     chosen: str
     reasons: tuple[tuple[str, str | None], ...]  # (backend, why not); None = could run
+    details: dict[str, str] = field(default_factory=dict)  # how a backend would go about it, where it has a choice
 
     def __str__(self) -> str:
         rows = [
-            f"  {'->' if name == self.chosen else '  '} {name}: {reason or 'can run'}" for name, reason in self.reasons
+            f"  {'->' if name == self.chosen else '  '} {name}: {reason or 'can run'}"
+            + (f" ({self.details[name]})" if name in self.details else "")
+            for name, reason in self.reasons
         ]
         return "\n".join([f"{self.op}: {self.chosen}", *rows])
 
@@ -166,13 +170,15 @@ class Op(Generic[P, R]):
         self.signature = inspect.signature(reference)
         functools.update_wrapper(self, reference)
 
-    def backend(self, name: str, *, when: Callable[..., str | None]) -> Callable[[F], F]:
+    def backend(
+        self, name: str, *, when: Callable[..., str | None], detail: Callable[..., str] | None = None
+    ) -> Callable[[F], F]:
         """Register a backend; the order of registration is the order of preference."""
         if name not in BACKENDS or name in self.backends or name == REFERENCE:
             raise ValueError(f"{self.name}: backend {name!r} is unknown, reserved or registered twice")
 
         def register(run: F) -> F:
-            self.backends[name] = Backend(name, run, when)
+            self.backends[name] = Backend(name, run, when, detail)
             return run
 
         return register
@@ -202,7 +208,8 @@ class Op(Generic[P, R]):
         requested = kwargs.pop("backend", None) or requested_backend()
         reasons = tuple((name, self.why_not(name, *args, **kwargs)) for name in [*self.backends, REFERENCE])
         chosen = requested or next(name for name, reason in reasons if reason is None)
-        return Explanation(self.name, chosen, reasons)
+        details = {n: b.detail(*args, **kwargs) for n, b in self.backends.items() if b.detail is not None}
+        return Explanation(self.name, chosen, reasons, details)
 
     def _select(self, requested: str | None, args: Any, kwargs: Any) -> Callable[..., R]:
         if requested is not None:

@@ -36,7 +36,7 @@ if INTERPRETING:
 MAX_UNROLLED = 4  # models taken as kernel arguments, all loads in flight; beyond, a table and a loop (registers)
 
 
-def _target() -> Any:
+def target() -> Any:
     """The GPU that Triton compiles for: .backend ("cuda" or "hip"), .arch, .warp_size."""
     return triton.runtime.driver.active.get_current_target()
 
@@ -48,12 +48,12 @@ def block_size(compute: torch.dtype) -> int:
     """
     if INTERPRETING:
         return 1 << 16
-    return 4 * int(_target().warp_size) * (4 if compute == torch.float64 else 8)
+    return 4 * int(target().warp_size) * (4 if compute == torch.float64 else 8)
 
 
 def warps(nvidia: int) -> int:
     """Warps of 32 threads as warps of this GPU: 64 threads on AMD."""
-    return nvidia if INTERPRETING else max(1, nvidia * 32 // int(_target().warp_size))
+    return nvidia if INTERPRETING else max(1, nvidia * 32 // int(target().warp_size))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
@@ -69,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         with np.errstate(all="ignore"):  # Inf - Inf, overflow to Inf and wrapping integers are what the GPU does too
             kernel[grid](*args, **meta)
         return
-    if "maxnreg" in meta and _target().backend != "cuda":
+    if "maxnreg" in meta and target().backend != "cuda":
         del meta["maxnreg"]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=False, **meta)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, result_like
 from ._spectral_mask import SpectralMask, spectral_mask
@@ -168,6 +168,27 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
         )  # fmt: skip
     if not clean.all():
         out.view(-1, height, plan.width)[~clean] = torch.nan
+
+
+def _triton_form(x, cutoff=None, *, mask="radial", ring_double=False, dtype=None, out=None):  # type: ignore[no-untyped-def]
+    _, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
+    if plan is None or not len(plan.columns):
+        return "a copy: nothing is removed"
+    name, why = _triton.kernel("highpass_filter", "form")(plan, compute_dtype(x))
+    return f"the {name} form: {why}"
+
+
+@highpass_filter.backend("triton", when=lambda x, *_, **__: _triton.why_not(x), detail=_triton_form)
+def _highpass_filter_triton(x, cutoff=None, *, mask="radial", ring_double=False, dtype=None, out=None):  # type: ignore[no-untyped-def]
+    result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
+    if plan is None or not len(plan.columns):
+        return result.copy_(x)
+    # The subtraction reads x again when part of the result is written, so `out` may not be x in the middle of it.
+    dense = result if result.is_contiguous() and result.data_ptr() != x.data_ptr() else torch.empty_like(
+        result, memory_format=torch.contiguous_format
+    )  # fmt: skip
+    _triton.kernel("highpass_filter")([x.contiguous()], dense, plan)
+    return dense if dense is result else result.copy_(dense)
 
 
 def _noise(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:

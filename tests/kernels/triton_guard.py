@@ -138,15 +138,24 @@ class Guard:
     def bytes_moved(self, kernel: str | None = None) -> int:
         return self._bytes(("load", "store"), kernel)
 
-    def full_sector_share(self) -> float:
+    def touched(self, t: torch.Tensor) -> int:
+        """How many elements of `t` were loaded or stored, counting repetitions."""
+        low, high = _span(t)
+        return sum(int(((a.addresses >= low) & (a.addresses < high)).sum()) for a in self.accesses)
+
+    def full_sector_share(self, *of: torch.Tensor) -> float:
         """Of the 32-byte sectors that warp requests touch, the share that is used whole.
 
         The interpreter knows no threads: a block access is cut into requests as the compiler lays out a coalesced one,
-        16 bytes a thread in lane order, 32 threads a warp. Scalars (tables, thresholds) are not counted.
+        16 bytes a thread in lane order, 32 threads a warp. Scalars (tables, thresholds) are not counted; with `of`, nor is
+        anything but these tensors.
         """
+        spans = [_span(t) for t in of]
         full = total = 0
         for a in self.accesses:
-            if a.kind == "atomic" or a.lanes == 1:
+            if a.kind == "atomic" or a.lanes == 1 or not a.addresses.size:
+                continue
+            if of and not any(low <= int(a.addresses[0]) < high for low, high in spans):
                 continue
             lanes = WARP * max(1, 16 // a.itemsize)
             for i in range(0, a.addresses.size, lanes):

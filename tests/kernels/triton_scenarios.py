@@ -140,3 +140,33 @@ def _() -> object:
         masks=tensors(3, torch.bool),
     )  # fmt: skip
     return _triton.kernel("consensus_merge")(job)
+
+
+def _highpass(dtype: torch.dtype, which: str, **options: object) -> object:
+    from fastmerge.ops._spectral_mask import spectral_mask
+
+    (x, out) = tensors(2, dtype, 66, 130)
+    return _triton.kernel("highpass_filter")(
+        [x], out, spectral_mask(66, 130, 0.2, "radial", False), which=which, **options
+    )
+
+
+@scenario("highpass_filter fp32, pruned")
+def _() -> object:
+    return _highpass(torch.float32, "pruned")
+
+
+@scenario("highpass_filter bf16, fft")
+def _() -> object:
+    return _highpass(torch.bfloat16, "fft")
+
+
+@scenario("highpass_filter bf16, whole merge, pruned")
+def _() -> object:
+    from fastmerge.ops._spectral_mask import spectral_mask
+
+    base, out, *models = tensors(5, torch.bfloat16, 144, 80)
+    mask = spectral_mask(144, 80, 0.2, "radial", False)
+    return _triton.kernel("highpass_filter")(
+        models, out, mask, base=base, weights=[0.5] * 3, add_base=True, which="pruned"
+    )

@@ -68,7 +68,7 @@ def test_traffic_and_sectors(trim):
 
 def test_many_tensors_in_one_launch():
     jobs, want = [], []
-    for n in (5, 700, 64, 1):
+    for n in (5, 700, 64, 2):
         base, models = family(n, 3, torch.float32)
         jobs.append(job_of(base, models, divisor=1.5, scale=0.7))
         want.append(consensus_merge(base, models, 0.5, 0.2, normalize=True, scale=0.7, backend="reference"))
