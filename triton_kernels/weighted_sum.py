@@ -37,12 +37,12 @@ from ._jit import (
 
 
 @jit
-def _finish(total, base, divisor, scale, HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+def _finish(total, base, divisor, scale, ADD_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     if NORMALIZE:
         total = divide(total, scalar(divisor, COMPUTE), COMPUTE)
     if SCALED:
         total = total * scalar(scale, COMPUTE)
-    if HAS_BASE:
+    if ADD_BASE:
         total = base + total
     return total
 
@@ -50,7 +50,7 @@ def _finish(total, base, divisor, scale, HAS_BASE: tl.constexpr, NORMALIZE: tl.c
 @jit
 def _block(
     base_ptr, model_ptrs, weights, out_ptr, divisor, scale, offsets, start, left,
-    HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
+    HAS_BASE: tl.constexpr, ADD_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
     COMPUTE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     if HAS_BASE:
@@ -64,24 +64,24 @@ def _block(
         if HAS_BASE:
             x = x - base
         total = total + x * scalar(weights[k], COMPUTE)
-    total = _finish(total, base, divisor, scale, HAS_BASE, NORMALIZE, SCALED, COMPUTE)
+    total = _finish(total, base, divisor, scale, ADD_BASE, NORMALIZE, SCALED, COMPUTE)
     write(out_ptr + start, offsets, total, left, MASKED)
 
 
 @jit(do_not_specialize=["weights", "divisor", "scale"])
 def weighted_sum_kernel(
     base_ptr, model_ptrs, weights, out_ptr, n, divisor, scale,
-    HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
+    HAS_BASE: tl.constexpr, ADD_BASE: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     if start + BLOCK <= n:
         _block(base_ptr, model_ptrs, weights, out_ptr, divisor, scale, offsets, start, 0,
-               HAS_BASE, NORMALIZE, SCALED, COMPUTE, False)  # fmt: skip
+               HAS_BASE, ADD_BASE, NORMALIZE, SCALED, COMPUTE, False)  # fmt: skip
     else:
         _block(base_ptr, model_ptrs, weights, out_ptr, divisor, scale, offsets, start, (n - start).to(tl.int32),
-               HAS_BASE, NORMALIZE, SCALED, COMPUTE, True)  # fmt: skip
+               HAS_BASE, ADD_BASE, NORMALIZE, SCALED, COMPUTE, True)  # fmt: skip
 
 
 _HEAD = 6  # table columns before the models: out, base, n, divisor, scale, first program
@@ -90,7 +90,7 @@ _HEAD = 6  # table columns before the models: out, base, n, divisor, scale, firs
 @jit
 def _table_block(
     row, K, offsets, start, left,
-    HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_BASE: tl.constexpr, ADD_BASE: tl.constexpr, NORMALIZE: tl.constexpr, COMPUTE: tl.constexpr,
     BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr, HEAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +107,14 @@ def _table_block(
             x = x - base
         total = total + x * scalar(tl.load(row + HEAD + K + k), COMPUTE)
     # Multiplying by a scale of 1 changes no bit, so the table needs no variant without it.
-    total = _finish(total, base, tl.load(row + 3), tl.load(row + 4), HAS_BASE, NORMALIZE, True, COMPUTE)
+    total = _finish(total, base, tl.load(row + 3), tl.load(row + 4), ADD_BASE, NORMALIZE, True, COMPUTE)
     write(address(row, OUT, ALIGNED) + start, offsets, total, left, MASKED)
 
 
 @jit(do_not_specialize=["K"])
 def weighted_sum_many_kernel(
     table_ptr, owner_ptr, K,
-    HAS_BASE: tl.constexpr, NORMALIZE: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_BASE: tl.constexpr, ADD_BASE: tl.constexpr, NORMALIZE: tl.constexpr, COMPUTE: tl.constexpr,
     BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr, HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -124,10 +124,14 @@ def weighted_sum_many_kernel(
     start = (pid - tl.load(row + 5)) * BLOCK
     offsets = tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        _table_block(row, K, offsets, start, 0, HAS_BASE, NORMALIZE, COMPUTE, BASE, MODEL, OUT, ALIGNED, HEAD, False)
+        _table_block(
+            row, K, offsets, start, 0, HAS_BASE, ADD_BASE, NORMALIZE, COMPUTE, BASE, MODEL, OUT, ALIGNED, HEAD, False
+        )
     else:
         left = (n - start).to(tl.int32)
-        _table_block(row, K, offsets, start, left, HAS_BASE, NORMALIZE, COMPUTE, BASE, MODEL, OUT, ALIGNED, HEAD, True)
+        _table_block(
+            row, K, offsets, start, left, HAS_BASE, ADD_BASE, NORMALIZE, COMPUTE, BASE, MODEL, OUT, ALIGNED, HEAD, True
+        )
 
 
 Job = tuple["Tensor | None", Sequence[Tensor], Sequence[float], "float | None", float, Tensor]
@@ -141,11 +145,12 @@ def weighted_sum(
     scale: float,
     out: Tensor,
     *,
+    add_base: bool = True,
     block: int | None = None,
 ) -> Tensor:
     """Fills `out` (contiguous) from base and K >= 1 models of its shape; divisor None does not normalise."""
     if len(models) > MAX_UNROLLED:
-        return weighted_sum_many([(base, models, weights, divisor, scale, out)], block=block)[0]
+        return weighted_sum_many([(base, models, weights, divisor, scale, out)], add_base=add_base, block=block)[0]
     base = None if base is None else base.contiguous()
     models = tuple(m.contiguous() for m in models)
     compute = wide_dtype(base, *models)
@@ -161,6 +166,7 @@ def weighted_sum(
         bits(1.0 if divisor is None else divisor, compute),
         bits(scale, compute),
         HAS_BASE=base is not None,
+        ADD_BASE=base is not None and add_base,
         NORMALIZE=divisor is not None,
         SCALED=scale != 1.0,
         COMPUTE=tl_dtype(compute),
@@ -171,7 +177,7 @@ def weighted_sum(
     return out
 
 
-def weighted_sum_many(jobs: Sequence[Job], *, block: int | None = None) -> list[Tensor]:
+def weighted_sum_many(jobs: Sequence[Job], *, add_base: bool = True, block: int | None = None) -> list[Tensor]:
     """Many calls of `weighted_sum` in one grid for each combination of dtypes and number of models."""
     groups: dict[tuple[object, ...], list[Job]] = {}
     for base, models, weights, divisor, scale, out in jobs:
@@ -185,11 +191,11 @@ def weighted_sum_many(jobs: Sequence[Job], *, block: int | None = None) -> list[
         if out.numel():
             groups.setdefault(key, []).append((base, models, weights, divisor, scale, out))
     for key, group in groups.items():
-        _launch_group(group, key[0], key[7], block or block_size(key[0]))  # type: ignore[arg-type]
+        _launch_group(group, key[0], key[7], add_base, block or block_size(key[0]))  # type: ignore[arg-type]
     return [job[5] for job in jobs]
 
 
-def _launch_group(group: list[Job], compute: torch.dtype, is_aligned: bool, block: int) -> None:
+def _launch_group(group: list[Job], compute: torch.dtype, is_aligned: bool, add_base: bool, block: int) -> None:
     owner, first = block_map([job[5].numel() for job in group], block)
     rows: list[int] = []
     for (base, models, weights, divisor, scale, out), start in zip(group, first, strict=True):
@@ -205,6 +211,7 @@ def _launch_group(group: list[Job], compute: torch.dtype, is_aligned: bool, bloc
         upload(owner, torch.int32, out.device),
         len(models),
         HAS_BASE=base is not None,
+        ADD_BASE=base is not None and add_base,
         NORMALIZE=divisor is not None,
         COMPUTE=tl_dtype(compute),
         BASE=tl_dtype(compute if base is None else base.dtype),

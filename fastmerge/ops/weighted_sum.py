@@ -123,17 +123,13 @@ def _weighted_sum_cpu(
     return dense if dense is result else result.copy_(dense)
 
 
-@weighted_sum.backend(
-    "triton",
-    when=lambda base, models, weight, *, add_base=True, **_: (
-        _triton.why_not(base, *models) if add_base else "the kernel always adds the base"
-    ),
-)
+@weighted_sum.backend("triton", when=lambda base, models, weight, **_: _triton.why_not(base, *models))
 def _weighted_sum_triton(base, models, weight, *, normalize=False, scale=1.0, add_base=True, dtype=None, out=None):  # type: ignore[no-untyped-def]
     weights, divisor = _scalars(base, models, weight, normalize)
     result = result_like("weighted_sum", base if base is not None else models[0], dtype, out)
     dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
-    _triton.kernel("weighted_sum")(base, models, weights, divisor if normalize else None, scale, dense)
+    divide_by = divisor if normalize else None
+    _triton.kernel("weighted_sum")(base, models, weights, divide_by, scale, dense, add_base=add_base)
     return dense if dense is result else result.copy_(dense)
 
 

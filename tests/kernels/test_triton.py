@@ -66,7 +66,7 @@ def test_kernels_agree_with_the_references_in_the_interpreter(processes):
     assert code == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed, output
-    assert int(passed[1]) >= 70
+    assert int(passed[1]) >= 115
     assert "skipped" not in output, output
 
 
@@ -96,7 +96,8 @@ def test_resources_of_every_kernel(table, target):
             histogram_on_amd = kernel.startswith("count_digit") and target == "gfx942"  # 4096 bins in registers
             assert row["occupancy"] >= (0.25 if histogram_on_amd else 0.5), (name, row)
             election = name.startswith("consensus_merge bf16") and "without election" not in name
-            assert row["wide_loads"] + (row["half_loads"] if election else 0) > 0, (name, row)
+            wide = "wide_stores" if name == "random_mask, the mask alone / random_mask_kernel" else "wide_loads"
+            assert row[wide] + (row["half_loads"] if election else 0) > 0, (name, row)
         if "fma" in row and "normalised" not in name:  # a division is made of them, and is IEEE all the same
             assert row["fma"] == 0, f"{name}: class A forbids contraction"
 
