@@ -131,7 +131,7 @@ def merge_checkpoints(
     """
     method: Method = recipe.method
     base = template if recipe.base_model is not None and method.base != "ignored" else None
-    with opened(1) as (pool, files), torch.no_grad():
+    with opened(1, in_memory=True) as (pool, files), torch.no_grad():
         job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
         plan = job.fit()
         state: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ whatever the size of the tensors. Results do not depend on the chunk size or the
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import math
@@ -62,8 +63,9 @@ class Buffers:
 class Pool:
     """Workers with their buffers. The calling thread is the first worker; a pool of one starts no thread."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, *, in_memory: bool = False) -> None:
         self.workers = max(1, workers)
+        self.in_memory = in_memory  # tensors come whole, and kernels use all threads on them
         self._local = threading.local()
         self._executor = ThreadPoolExecutor(self.workers - 1, "fastmerge") if self.workers > 1 else None
 
@@ -78,8 +80,10 @@ class Pool:
     def each(self, count: int, task: Callable[[int], None]) -> None:
         """task(i) for i in range(count), in parallel; the first exception stops the rest and is raised."""
         if self._executor is None or count <= 1:
-            for i in range(count):
-                task(i)
+            # A pool of one was asked for one thread; a single task of a larger pool may use all of them.
+            with _native.limit_threads(1) if self.workers == 1 and not self.in_memory else contextlib.nullcontext():
+                for i in range(count):
+                    task(i)
             return
         take = itertools.count()  # next() is atomic under the interpreter lock
         stop = threading.Event()
@@ -313,9 +317,9 @@ def chunk_elements(count: int, widest: int, workers: int, max_memory: int | None
 
 
 @contextmanager
-def opened(workers: int) -> Iterator[tuple[Pool, Files]]:
+def opened(workers: int, *, in_memory: bool = False) -> Iterator[tuple[Pool, Files]]:
     """A pool and a file table, closed on the way out."""
-    pool, files = Pool(workers), Files()
+    pool, files = Pool(workers, in_memory=in_memory), Files()
     try:
         yield pool, files
     finally:

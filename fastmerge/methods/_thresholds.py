@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _native, ops
 from ..errors import BadInput
 from ..ops.rescale import L1Stream
 from ..ops.threshold import Rule, Threshold, Window
@@ -68,11 +68,18 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
             if low < high:
                 yield t, start, low, high
 
-    for begin, end in selection.sample_spans():
-        for t, _, low, high in parts(begin, end):
-            selection.add_sample(*t.read(low, high))
+    # Sampling and choosing are short: a second thread would spend more time waiting for them than it saves.
+    with _native.limit_threads(1):
+        for begin, end in selection.sample_spans():
+            for t, _, low, high in parts(begin, end):
+                selection.add_sample(*t.read(low, high))
     lock = threading.Lock()
-    while spans := selection.advance():
+
+    def advance() -> list[tuple[int, int]]:
+        with _native.limit_threads(1):
+            return selection.advance()
+
+    while spans := advance():
         for begin, end in spans:
             for t, start, low, high in parts(begin, end):
                 if high - low == t.numel:
