@@ -214,6 +214,7 @@ def _streams(base: Checkpoint, models: Sequence[Checkpoint], pool: Pool, files: 
             parameters={},
             out_dtype=base.dtype(name),
             start=0,
+            seed=0,
             chunk=1 << 20,
             pool=pool,
             put=nowhere,
