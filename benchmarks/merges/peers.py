@@ -93,7 +93,7 @@ def measure(method: str, program: str, folder: Path, mergekit: Path) -> Row:
         command = [str(mergekit.with_name("mergekit-yaml")), str(path), str(out)]
         command += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
     else:
-        command = [sys.executable, "-m", "fastmerge.cli", "merge", str(path), str(out), "--quiet"]
+        command = [sys.executable, "-m", "fastmerge.cli", "merge", str(path), str(out), "--quiet", "--force"]
     wall, cpu, rss = run(command, folder / f"log-{program}-{method}")
     moved += sum(f.stat().st_size for f in out.glob("*.safetensors"))
     return Row(method, program, wall, cpu, rss, moved, str(out))
