@@ -78,7 +78,7 @@ def plan(recipe: Recipe, report: Report, out: Path | None) -> None:
     cost: dict[str, Any] = {
         "tensors": f"{len(report.tensors) - copied} merged, {copied} copied",
         "memory": f"{gigabytes(estimate['buffer_bytes'])} of buffers, beside the program itself (~0.3 GB)",
-        "disk": f"{gigabytes(estimate['bytes_out'])} written, {gigabytes(estimate['bytes_moved'])} read and written in all",
+        "disk": f"{gigabytes(estimate['bytes_out'])} written, at most {gigabytes(estimate['bytes_moved'])} read and written in all",
         "workers": report.workers,
     }
     if "seconds" in estimate:

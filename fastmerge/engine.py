@@ -74,10 +74,9 @@ class Job:
                 f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
             ) from error
         passes = 1 + (method.scan_pass is not None) + (method.fit_pass is not None)
-        self.total_bytes = sum(
-            passes * sum(s.nbytes for s in [*t.models, *([t.base] if t.base else [])]) + t.numel * t.dtype.itemsize
-            for t in merged
-        )
+        self.input_bytes = sum(s.nbytes for t in merged for s in [*t.models, *([t.base] if t.base else [])])
+        # an upper bound: a fit pass reads nothing for parameters that need no fit
+        self.total_bytes = passes * self.input_bytes + sum(t.numel * t.dtype.itemsize for t in merged)
 
     def stream(
         self,
@@ -279,8 +278,7 @@ def run(
             source = next((t.reference.entry.file for t in job.planned if t.reference.entry is not None), None)
             if source is not None:
                 folder = out.absolute().parent if out is not None else Path.cwd()
-                moved, wrote = job.total_bytes, layout.total_bytes
-                seconds, how = io_seconds(moved - wrote, wrote, source, folder)
+                seconds, how = io_seconds(job.input_bytes, layout.total_bytes, source, folder)
                 report.estimate |= {"seconds": seconds, "seconds_how": how}
             report.tensors = [
                 TensorReport(
