@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+import torch.utils.dlpack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,7 +114,7 @@ def _from_foreign(value: Any) -> Any:
     if _is_foreign(value):
         if getattr(getattr(value, "flags", None), "writeable", True) is False:
             value = value.copy()  # numpy refuses to export read-only memory
-        return torch.from_dlpack(value)
+        return torch.utils.dlpack.from_dlpack(value)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):  # a named tuple holds plain scalars
         return type(value)(_from_foreign(v) for v in value)
     if isinstance(value, dict):

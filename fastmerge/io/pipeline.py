@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import _native, ops
 from .checkpoint import Checkpoint
-from .safetensors import Entry, pread_into
+from .safetensors import Entry, bytes_of, pread_into
 
 BLOCK = 65_536  # elements; chunks begin at multiples of it, and block sums are aligned to it
 CHUNK = 4 * BLOCK  # elements of one stream per worker, before memory limits
@@ -137,7 +137,7 @@ class Files:
         position, nbytes = entry.begin + begin * size, (end - begin) * size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, position + AHEAD, nbytes, os.POSIX_FADV_WILLNEED)
-        pread_into(fd, memoryview(into.view(torch.uint8).numpy()).cast("B"), position, entry.file)
+        pread_into(fd, bytes_of(into), position, entry.file)
         with self._lock:
             self.bytes_read += nbytes
 

@@ -153,6 +153,12 @@ def build_header(
     return raw, {name: (len(raw) + begin, nbytes) for name, (begin, nbytes) in offsets.items()}
 
 
+def bytes_of(flat: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype, as bytes, without a copy."""
+    array: Any = flat.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
 def pread_into(fd: int, buffer: memoryview, position: int, file: Path) -> None:
     """Fill `buffer` from `position`; raises BadInput when the file is shorter than its header said."""
     done = 0

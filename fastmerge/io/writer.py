@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .journal import Journal
-from .safetensors import build_header
+from .safetensors import build_header, bytes_of
 
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
@@ -191,7 +191,7 @@ class Writer:
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Write a flat chunk that begins at element `offset` of tensor `name`; thread-safe."""
         slot = self.layout.slots[name]
-        raw = memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B")
+        raw = bytes_of(values.contiguous())
         begin = offset * slot.dtype.itemsize
         checksum = xxhash.xxh3_64_hexdigest(raw)
         done = 0

@@ -250,7 +250,8 @@ _SCALARS = (bool, int, float, str)
 
 def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
     recipe_name = name.rstrip("_")
-    per_model, low, high, text, optional, many, choices = False, -math.inf, math.inf, "", False, False, ()
+    per_model, low, high, text, optional, many = False, -math.inf, math.inf, "", False, False
+    choices: tuple[str, ...] = ()
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:

@@ -22,8 +22,9 @@ def nuslerp(
     The share of the second is w₂ / (w₁ + w₂). ``nuslerp_flatten: false`` interpolates along the last axis, with
     ``nuslerp_row_wise: true`` along the first.
     """
-    total = weight[0] + weight[1]
-    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    first, second = tensor.parameters["weight"]
+    total = first + second
+    t = 0.5 if abs(total) < 1e-6 else second / total
     if nuslerp_flatten or len(tensor.shape) < 2:
         coefficients = nuslerp_coefficients(stream_gram(tensor, deltas=tensor.has_base), t)
 
