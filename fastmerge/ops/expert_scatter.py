@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
 from ._checks import compute_dtype, require_float
 
@@ -157,6 +159,79 @@ def _expert_scatter_cpu(
             t.copy_(dense)
         saved.append(old)
     return saved[0] if isinstance(x, Tensor) else saved
+
+
+_TASK = np.dtype(
+    [("x", "u8"), ("index", "u8"), ("value", "u8"), ("saved", "u8"), ("n", "i8"), ("size", "i8"), ("flags", "i8"),
+     ("scale", "f4"), ("unused", "i4")]
+)  # fmt: skip
+_POSITIONS = np.dtype([("index", "u8"), ("wrong", "u8"), ("n", "i8"), ("size", "i8")])
+_ADD, _COPY, _ITEMS = 1, 2, 8  # FM_ADD, FM_COPY, FM_ITEMS
+
+
+def _cuda_why_not(x, index, value, **_):  # type: ignore[no-untyped-def]
+    xs, values = _flat(x), _flat(value)
+    reason = _cuda.why_not(*xs, *values)
+    if reason is None:
+        for t, v in zip(xs, values, strict=False):
+            if v.dtype not in (t.dtype, torch.float32):
+                return f"values of {v.dtype} for a tensor of {t.dtype}; {t.dtype} or float32 is needed"
+    return reason
+
+
+@expert_scatter.backend("cuda", when=_cuda_why_not)
+def _expert_scatter_cuda(
+    x: Tensor | Sequence[Tensor],
+    index: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Sequence[float] = 1.0,
+    mode: str = "add",
+    check: bool = True,
+) -> Tensor | list[Tensor]:
+    xs, indices, values, scales = prepare(x, index, value, scale, mode)
+    if not xs:
+        return []
+    device = xs[0].device
+    indices = [i.contiguous() for i in indices]
+    if check:
+        _check_positions_cuda(xs, indices, device)
+    launches = _cuda.Launches(device)
+    saved, dense = [], []
+    for t, i, v, s in zip(xs, indices, values, scales, strict=True):
+        dense.append(t.contiguous())
+        saved.append(torch.empty(i.numel(), dtype=t.dtype, device=device))
+        task: Any = np.zeros((), _TASK)
+        task["x"], task["index"], task["value"] = dense[-1].data_ptr(), i.data_ptr(), launches.keep(v.contiguous())
+        task["saved"], task["n"], task["size"], task["scale"] = saved[-1].data_ptr(), i.numel(), t.numel(), s
+        copies = mode == "override" and s == 1.0 and v.dtype == t.dtype
+        task["flags"] = _COPY if copies else _ADD if mode == "add" else 0
+        kernel = f"expert_scatter_kernel_{_cuda.NAMES[t.dtype]}_{_cuda.NAMES[v.dtype]}_{_width(i)}"
+        launches.add(kernel, task, -(-i.numel() // (_cuda.THREADS * _ITEMS)))
+    launches.run()
+    for t, d in zip(xs, dense, strict=True):
+        if d is not t:
+            t.copy_(d)
+    return saved[0] if isinstance(x, Tensor) else saved
+
+
+def _width(index: Tensor) -> str:
+    return "i64" if index.dtype == torch.int64 else "i32"
+
+
+def _check_positions_cuda(xs: Sequence[Tensor], indices: Sequence[Tensor], device: torch.device) -> None:
+    """One launch per index dtype and one synchronisation; bad positions are then named by the reference."""
+    launches = _cuda.Launches(device)
+    wrong = torch.zeros(len(xs), dtype=torch.int32, device=device)
+    for n, (t, i) in enumerate(zip(xs, indices, strict=True)):
+        task: Any = np.zeros((), _POSITIONS)
+        task["index"], task["wrong"] = i.data_ptr(), wrong.data_ptr() + 4 * n
+        task["n"], task["size"] = i.numel(), t.numel()
+        launches.add(f"check_positions_kernel_{_width(i)}", task, -(-i.numel() // _cuda.THREADS))
+    launches.run()
+    for n, bad in enumerate(wrong.tolist()):
+        if bad:
+            require_increasing(indices[n].cpu(), xs[n].numel(), n)
 
 
 def _sparse(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int, index: torch.dtype):  # type: ignore[no-untyped-def]

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
+from . import _fw_cuda
 from ._checks import require_float, require_like
 from .fw_products import FwProducts, fw_products, native
 
@@ -139,6 +140,36 @@ def _fw_lmo_cpu(
     native(gradients, candidates, sqnorms is None, totals)
     if sqnorms is not None:
         totals[:, k : 2 * k] = sqnorms.T
+    products = [FwProducts(row[:k], row[k : 2 * k], row[2 * k]) for row in totals]
+    return choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
+
+
+def _cuda_why_not(gradients, candidates, **_):  # type: ignore[no-untyped-def]
+    pool = [t for c in candidates for t in c]
+    if gradients and pool and gradients[0].device.type == "cuda" and all(t.device.type == "cpu" for t in pool):
+        # Candidates on the host stream past the gradients: only their dtypes matter.
+        strange = next((t.dtype for t in pool if t.dtype not in _cuda.NAMES), None)
+        return _cuda.why_not(*gradients) or (strange and f"a candidate has dtype {strange}")
+    return _cuda.why_not(*gradients, *pool)
+
+
+@fw_lmo.backend("cuda", when=_cuda_why_not)
+def _fw_lmo_cuda(
+    gradients: Sequence[Tensor],
+    candidates: Sequence[Sequence[Tensor]],
+    *,
+    metric: str = "dot",
+    granularity: str = "layer",
+    zero_if_ascent: bool = False,
+    sqnorms: Tensor | None = None,
+) -> FwChoice:
+    prepare(gradients, candidates, metric, granularity, sqnorms)
+    k, device = len(candidates), gradients[0].device
+    totals = torch.zeros(len(gradients), 2 * k + 1, dtype=torch.float64, device=device)
+    streamed = candidates[0][0].device != device
+    (_fw_cuda.streamed_products if streamed else _fw_cuda.products)(gradients, candidates, sqnorms is None, totals)
+    if sqnorms is not None:
+        totals[:, k : 2 * k] = sqnorms.T.to(totals)
     products = [FwProducts(row[:k], row[k : 2 * k], row[2 * k]) for row in totals]
     return choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
 

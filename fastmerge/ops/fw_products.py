@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
+from . import _fw_cuda
 from ._checks import compute_dtype, require_float, require_like
 
 BLOCK = 65536  # elements summed in float32 before a partial sum is added to a float64 total
@@ -116,10 +117,25 @@ def _fw_products_cpu(
     if carry is not None:
         totals[0] = torch.cat([carry.dots, carry.sqnorms, carry.grad_sqnorm.reshape(1)])
     native([gradient], [[s] for s in candidates], norms, totals)
-    dots, squares, square = totals[0].split([k, k, 1])
-    if not norms and carry is None:
-        squares = torch.full_like(squares, float("nan"))
-    return FwProducts(dots, squares, square.reshape(()))
+    return _split(totals[0], k, norms or carry is not None)
+
+
+@fw_products.backend("cuda", when=lambda gradient, candidates, **_: _cuda.why_not(gradient, *candidates))
+def _fw_products_cuda(
+    gradient: Tensor, candidates: Sequence[Tensor], *, norms: bool = True, carry: FwProducts | None = None
+) -> FwProducts:
+    prepare(gradient, candidates, carry)
+    k = len(candidates)
+    totals = torch.zeros(1, 2 * k + 1, dtype=torch.float64, device=gradient.device)
+    if carry is not None:
+        totals[0] = torch.cat([carry.dots, carry.sqnorms, carry.grad_sqnorm.reshape(1)])
+    _fw_cuda.products([gradient], [[s] for s in candidates], norms, totals)
+    return _split(totals[0], k, norms or carry is not None)
+
+
+def _split(totals: Tensor, k: int, norms: bool) -> FwProducts:
+    dots, squares, square = totals.split([k, k, 1])
+    return FwProducts(dots, squares if norms else torch.full_like(squares, float("nan")), square.reshape(()))
 
 
 def _inputs(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int):  # type: ignore[no-untyped-def]

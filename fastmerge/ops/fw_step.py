@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
+from . import _fw_cuda
 from ._checks import compute_dtype, per_model, require_float, require_like
 from .fw_products import total
 
@@ -110,6 +111,37 @@ def _fw_step_cpu(
         gammas,
         _native.threads(),
     )
+    for p, t in zip(params, thetas, strict=True):
+        if t is not p:
+            p.copy_(t)
+    return None if gradients is None else products
+
+
+def _cuda_why_not(params, vertices, gamma, *, gradients=None, **_):  # type: ignore[no-untyped-def]
+    reason = _cuda.why_not(*params, *(v for v in vertices if v is not None), *(gradients or []))
+    if reason is None:
+        for p, v in zip(params, vertices, strict=False):
+            if p.dtype != torch.float32 and v is not None and v.dtype != p.dtype:
+                return f"a vertex of {v.dtype} for an iterate of {p.dtype}"
+            if p.dtype != torch.float32 and gradients is not None:
+                return f"products of the step need a float32 iterate, not {p.dtype}"
+    return reason
+
+
+@fw_step.backend("cuda", when=_cuda_why_not)
+def _fw_step_cuda(
+    params: Sequence[Tensor],
+    vertices: Sequence[Tensor | None],
+    gamma: float | Sequence[float] | Tensor,
+    *,
+    gradients: Sequence[Tensor] | None = None,
+    allow_low_precision: bool = False,
+) -> Tensor | None:
+    gammas = prepare(params, vertices, gamma, gradients, allow_low_precision)
+    thetas = [p.contiguous() for p in params]
+    ends = [None if s is None else s.contiguous() for s in vertices]
+    slopes = [None] * len(params) if gradients is None else [g.float().contiguous() for g in gradients]
+    products = _fw_cuda.step(thetas, ends, gammas, slopes)
     for p, t in zip(params, thetas, strict=True):
         if t is not p:
             p.copy_(t)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
-from ._checks import require_float, result_like
+from ._checks import FLOAT_DTYPES, require_float, result_like
 from ._permutations import (
     Perms,
     as_lists,
@@ -22,6 +22,7 @@ from ._permutations import (
     require_bijections_native,
     where,
 )
+from ._permute_cuda import add_gather, permute_in_place, require_bijections, too_many_axes
 
 
 class Move(NamedTuple):
@@ -140,6 +141,47 @@ def _permute_in_place(m: Move) -> None:
             _native.lib().permute_axis(x.data_ptr(), outer, n, inner, dense.data_ptr(), _native.threads())
     if x is not m.x:
         m.result.copy_(x)
+
+
+def _cuda_why_not(x, perms, *, out=None, **_):  # type: ignore[no-untyped-def]
+    reason = _cuda.why_not(*_flat(x), *_flat(out), dtypes=FLOAT_DTYPES)
+    if reason is None:
+        for m in prepare(x, perms, out, "", ""):
+            reason = reason or too_many_axes(m.x.shape, m.perms)
+    return reason
+
+
+@permute.backend("cuda", when=_cuda_why_not)
+def _permute_cuda(
+    x: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    check: bool = True,
+    group: str = "",
+    names: str | Sequence[str] = "",
+) -> Tensor | list[Tensor]:
+    moves = prepare(x, perms, out, group, names)
+    device = moves[0].x.device
+    if check:
+        require_bijections("permute", [m.perms for m in moves], group, [m.name for m in moves], device)
+    launches = _cuda.Launches(device)
+    filled: list[tuple[Tensor, Tensor]] = []  # (result, what the kernel fills) where they differ
+    for m in moves:
+        if m.result.data_ptr() == m.x.data_ptr() and m.result.stride() == m.x.stride():
+            dense = m.x.contiguous()
+            permute_in_place(dense, m.perms)
+        else:
+            dense = m.result if m.result.is_contiguous() else torch.empty(m.result.shape, dtype=m.x.dtype, device=device)
+            source = m.x.contiguous()
+            launches.keep(source)
+            add_gather(launches, dense, source, m.x.shape, m.perms)
+        if dense is not m.result:
+            filled.append((m.result, dense))
+    launches.run()
+    for result, dense in filled:
+        result.copy_(dense)
+    return moves[0].result if isinstance(x, Tensor) else [m.result for m in moves]
 
 
 def _case(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], **perms: int):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like, result_like
 from ._permutations import (
@@ -21,6 +21,7 @@ from ._permutations import (
     require_bijections_native,
     where,
 )
+from ._permute_cuda import add_gather, require_bijections, too_many_axes
 
 
 class Pair(NamedTuple):
@@ -145,6 +146,49 @@ def _permute_merge_cpu(
         )
         if dense is not p.result:
             p.result.copy_(dense)
+    return pairs[0].result if isinstance(base, Tensor) else [p.result for p in pairs]
+
+
+def _cuda_why_not(base, other, perms, weight=0.5, *, dtype=None, out=None, **_):  # type: ignore[no-untyped-def]
+    tensors = _flat(base, other, out)
+    reason = _cuda.why_not(*tensors)
+    if reason is None:
+        for p in prepare(base, other, perms, dtype, out, "", ""):
+            if not p.base.dtype == p.other.dtype == p.result.dtype:
+                return f"dtypes {p.base.dtype}, {p.other.dtype} and {p.result.dtype} differ"
+            reason = reason or too_many_axes(p.base.shape, p.perms)
+    return reason
+
+
+@permute_merge.backend("cuda", when=_cuda_why_not)
+def _permute_merge_cuda(
+    base: Tensor | Sequence[Tensor],
+    other: Tensor | Sequence[Tensor],
+    perms: Perms | Sequence[Perms],
+    weight: float = 0.5,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | Sequence[Tensor] | None = None,
+    check: bool = True,
+    group: str = "",
+    names: str | Sequence[str] = "",
+) -> Tensor | list[Tensor]:
+    pairs = prepare(base, other, perms, dtype, out, group, names)
+    device = pairs[0].base.device
+    if check:
+        require_bijections("permute_merge", [p.perms for p in pairs], group, [p.name for p in pairs], device)
+    launches = _cuda.Launches(device)
+    filled: list[tuple[Tensor, Tensor]] = []  # (result, what the kernel fills) where they differ
+    for p in pairs:
+        b, t = p.base.contiguous(), p.other.contiguous()
+        launches.alive += [b, t]
+        dense = p.result if p.result.is_contiguous() else torch.empty(b.shape, dtype=b.dtype, device=device)
+        add_gather(launches, dense, t, t.shape, p.perms, b, weight)
+        if dense is not p.result:
+            filled.append((p.result, dense))
+    launches.run()
+    for result, dense in filled:
+        result.copy_(dense)
     return pairs[0].result if isinstance(base, Tensor) else [p.result for p in pairs]
 
 
