@@ -24,7 +24,8 @@ typedef long long i64;
   }
 #endif
 
-// Global memory goes through these two, so that the emulator can count bytes and sectors.
+// Global memory goes through these two, so that the emulator can count bytes and sectors. (Addresses come out of a table,
+// so from sm_100 on the compiler emits generic accesses; assuming __isGlobal would avoid them, but crashes NVRTC 13.0.)
 #ifndef FM_EMULATOR
 template <class T> __device__ __forceinline__ T load(const T* p) { return *p; }
 template <class T> __device__ __forceinline__ void store(T* p, T v) { *p = v; }

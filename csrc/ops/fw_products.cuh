@@ -21,7 +21,7 @@ struct ProductsTask {
 
 // N elements from index `at` of an array of n, zeros beyond its end, as floats.
 template <class T, int N>
-__device__ __forceinline__ void load_floats(const T* p, i64 at, i64 n, bool aligned, float* y) {
+__device__ __forceinline__ void load_floats(const T* p, u32 at, u32 n, bool aligned, float* y) {
   if (aligned && at + N <= n) {
     const Pack<T, N> x = load_pack<T, N>(p + at);
 #pragma unroll
@@ -51,24 +51,26 @@ __device__ __forceinline__ void fw_products(const ProductsTask* tasks, const u32
   const u32 block = fetch_task(tasks, first_block, count, &t);
   const u32 candidates = (u32)t.candidates, width = 2 * candidates + 1;
   const bool aligned = (t.flags & FM_ALIGNED) != 0, norms = (t.flags & FM_NORMS) != 0;
-  const i64 begin = (i64)block * FM_SUM_BLOCK, end = begin + FM_SUM_BLOCK < t.n ? begin + FM_SUM_BLOCK : t.n;
+  const i64 begin = (i64)block * FM_SUM_BLOCK;
+  const u32 length = t.n - begin < FM_SUM_BLOCK ? (u32)(t.n - begin) : FM_SUM_BLOCK;
+  const G* gradient = (const G*)t.g + begin;
   for (u32 k = 0; k < width; ++k) partial[k * FM_THREADS + threadIdx.x] = 0.0f;
   float square = 0.0f;
-  for (i64 tile = begin + threadIdx.x * N; tile < end; tile += FM_THREADS * FM_ELEMENTS) {
+  for (u32 tile = threadIdx.x * N; tile < length; tile += FM_THREADS * FM_ELEMENTS) {
     float g[PACKS][N];
 #pragma unroll
-    for (int p = 0; p < PACKS; ++p) load_floats<G, N>((const G*)t.g, tile + p * FM_THREADS * N, end, aligned, g[p]);
+    for (int p = 0; p < PACKS; ++p) load_floats<G, N>(gradient, tile + p * FM_THREADS * N, length, aligned, g[p]);
 #pragma unroll
     for (int p = 0; p < PACKS; ++p)
 #pragma unroll
       for (int e = 0; e < N; ++e) square += g[p][e] * g[p][e];
     for (u32 k = 0; k < candidates; ++k) {
-      const S* s = (const S*)load((const u64*)t.s + k);
+      const S* s = (const S*)load((const u64*)t.s + k) + begin;
       float dot = 0.0f, own = 0.0f;
 #pragma unroll
       for (int p = 0; p < PACKS; ++p) {
         float x[N];
-        load_floats<S, N>(s, tile + p * FM_THREADS * N, end, aligned, x);
+        load_floats<S, N>(s, tile + p * FM_THREADS * N, length, aligned, x);
 #pragma unroll
         for (int e = 0; e < N; ++e) {
           dot += g[p][e] * x[e];

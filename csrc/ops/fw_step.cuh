@@ -18,32 +18,34 @@ __device__ __forceinline__ void fw_step(const StepTask* tasks, const u32* first_
   const u32 block = fetch_task(tasks, first_block, count, &t);
   const bool aligned = (t.flags & FM_ALIGNED) != 0;
   // Products are summed over the sum blocks of fw_products; without them smaller blocks fill a GPU sooner.
-  const i64 length = PRODUCTS ? FM_SUM_BLOCK : FM_THREADS * FM_ELEMENTS;
-  const i64 begin = (i64)block * length, end = begin + length < t.n ? begin + length : t.n;
-  T* theta = (T*)t.theta;
+  const u32 most = PRODUCTS ? FM_SUM_BLOCK : FM_THREADS * FM_ELEMENTS;
+  const i64 begin = (i64)block * most;
+  const u32 length = t.n - begin < most ? (u32)(t.n - begin) : most;
+  T* theta = (T*)t.theta + begin;
+  const S* s = t.s ? (const S*)t.s + begin : nullptr;
   float dot = 0.0f, square = 0.0f;
-  for (i64 at = begin + threadIdx.x * N; at < end; at += FM_THREADS * N) {
+  for (u32 at = threadIdx.x * N; at < length; at += FM_THREADS * N) {
     float old[N], x[N];
-    load_floats<T, N>(theta, at, end, aligned, old);
-    if (t.s) load_floats<S, N>((const S*)t.s, at, end, aligned, x);
+    load_floats<T, N>(theta, at, length, aligned, old);
+    if (s) load_floats<S, N>(s, at, length, aligned, x);
     Pack<T, N> y;
     float d[N];
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      d[e] = (t.s ? x[e] : 0.0f) - old[e];
+      d[e] = (s ? x[e] : 0.0f) - old[e];
       y.item[e] = from_float<T>(old[e] + d[e] * t.gamma);
     }
-    if (aligned && at + N <= end) store_pack<T, N>(theta + at, y);
+    if (aligned && at + N <= length) store_pack<T, N>(theta + at, y);
     else
 #pragma unroll
       for (int e = 0; e < N; ++e)
-        if (at + e < end) store(theta + at + e, y.item[e]);
+        if (at + e < length) store(theta + at + e, y.item[e]);
     if constexpr (PRODUCTS) {
       float g[N];
-      load_floats<float, N>((const float*)t.g, at, end, aligned, g);
+      load_floats<float, N>((const float*)t.g + begin, at, length, aligned, g);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        if (at + e >= end) continue;
+        if (at + e >= length) continue;
         dot += g[e] * d[e];
         square += d[e] * d[e];
       }
