@@ -31,9 +31,7 @@ class Executor(Protocol):
     def why_not(self, device: torch.device) -> str | None:
         """None when kernels can run on `device`, else the reason."""
 
-    def launch(
-        self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int
-    ) -> None:
+    def launch(self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int) -> None:
         """Queues a launch on the current stream of the tables' device."""
 
 
@@ -49,9 +47,7 @@ class Compiled:
         count, reason = _native.lib().cuda_devices()
         return None if count else f"no CUDA device: {reason}"
 
-    def launch(
-        self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int
-    ) -> None:
+    def launch(self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int) -> None:
         with torch.cuda.device(tasks.device):
             stream = torch.cuda.current_stream(tasks.device).cuda_stream
             _native.lib().cuda_launch(

@@ -83,9 +83,7 @@ class Runtime:
     def _module(self, name: str, index: int) -> Any:
         return _load()[0].RawModule(code=source(name), options=OPTIONS, backend="nvrtc")
 
-    def launch(
-        self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int
-    ) -> None:
+    def launch(self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int) -> None:
         cupy, index = _load()[0], tasks.device.index or 0
         with cupy.cuda.Device(index), cupy.cuda.ExternalStream(torch.cuda.current_stream(tasks.device).cuda_stream):
             function = self._module(source_of(kernel), index).get_function(kernel)

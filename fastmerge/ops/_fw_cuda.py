@@ -173,10 +173,7 @@ def streamed_products(
     lanes = transfers(gradients[0].device, min(chunk, max(longest, 1)))
     count = len(candidates)
     queue = [
-        (n, k, begin)
-        for n, g in enumerate(gradients)
-        for k in range(count)
-        for begin in range(0, g.numel(), chunk)
+        (n, k, begin) for n, g in enumerate(gradients) for k in range(count) for begin in range(0, g.numel(), chunk)
     ]
     sent: dict[int, Tensor] = {}
 

@@ -122,7 +122,9 @@ def _add_columns(
     per_block = max(1, min(rows, 64, STAGE // (run * word)))
     task["columns"] = launches.keep(columns)
     task["lanes"], task["flags"] = per_block, NARROW * narrow | WIDE * wide | STAGED * staged
-    kernel = f"permute_columns_kernel_{word}" if base is None else f"permute_merge_columns_kernel_{_cuda.NAMES[base.dtype]}"
+    kernel = (
+        f"permute_columns_kernel_{word}" if base is None else f"permute_merge_columns_kernel_{_cuda.NAMES[base.dtype]}"
+    )
     launches.add(kernel, task, -(-rows // per_block), per_block * run * word if staged else 0)
 
 
@@ -205,7 +207,9 @@ def require_bijections(
 ) -> None:
     """One launch for all indices of a call and one synchronisation; a bad index is then named by the reference."""
     launches = _cuda.Launches(device)
-    entries = {id(i): (i, where(op, group, name, axis)) for p, name in zip(many, names, strict=True) for axis, i in p.items()}
+    entries = {
+        id(i): (i, where(op, group, name, axis)) for p, name in zip(many, names, strict=True) for axis, i in p.items()
+    }
     if not entries:
         return
     wrong = torch.zeros(len(entries), dtype=torch.int32, device=device)

@@ -172,7 +172,9 @@ def _permute_cuda(
             dense = m.x.contiguous()
             permute_in_place(dense, m.perms)
         else:
-            dense = m.result if m.result.is_contiguous() else torch.empty(m.result.shape, dtype=m.x.dtype, device=device)
+            dense = (
+                m.result if m.result.is_contiguous() else torch.empty(m.result.shape, dtype=m.x.dtype, device=device)
+            )
             source = m.x.contiguous()
             launches.keep(source)
             add_gather(launches, dense, source, m.x.shape, m.perms)

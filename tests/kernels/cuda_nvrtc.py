@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from kernels.occupancy import RESERVED, occupancy
-from kernels.triton_aot import _tool
+from kernels.occupancy import RESERVED, occupancy  # noqa: E402
+from kernels.triton_aot import _tool  # noqa: E402
 
-from fastmerge import _cuda, _cupy
-from fastmerge.ops._fw_cuda import TOGETHER
-from fastmerge.ops._permute_cuda import STAGE
+from fastmerge import _cuda, _cupy  # noqa: E402
+from fastmerge.ops._fw_cuda import TOGETHER  # noqa: E402
+from fastmerge.ops._permute_cuda import STAGE  # noqa: E402
 
 TABLE = Path(__file__).parent / "cuda_resources.json"
 TARGETS = (80, 90, 100, 120)
@@ -52,7 +52,9 @@ def nvrtc() -> Any:
 def compile_source(name: str, arch: int, source: str | None = None) -> bytes:
     """The cubin of csrc/ops/<name>.cuh for sm_<arch>; raises with NVRTC's log when it does not compile."""
     n = nvrtc()
-    status, program = n.nvrtcCreateProgram((source or _cupy.source(name)).encode(), f"{name}.cu".encode(), 0, None, None)
+    status, program = n.nvrtcCreateProgram(
+        (source or _cupy.source(name)).encode(), f"{name}.cu".encode(), 0, None, None
+    )
     assert status == 0, status
     options = [o.encode() for o in (*_cupy.OPTIONS, f"--gpu-architecture=sm_{arch}")]
     (status,) = n.nvrtcCompileProgram(program, len(options), options)

@@ -11,11 +11,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from checks import clone_tree
-from kernels.emulated import Emulator
+from checks import clone_tree  # noqa: E402
+from kernels.emulated import Emulator  # noqa: E402
 
-from fastmerge import _cuda
-from fastmerge.ops import expert_scatter, fw_lmo, fw_products, fw_step, permute, permute_merge
+from fastmerge import _cuda  # noqa: E402
+from fastmerge.ops import expert_scatter, fw_lmo, fw_products, fw_step, permute, permute_merge  # noqa: E402
 
 
 def cases(emulator: Emulator) -> None:
@@ -50,5 +50,5 @@ if __name__ == "__main__":
     if what == "cases":
         cases(Emulator(sanitizer=sanitizer, schedule=1))
     else:
-        planted(Emulator(sanitizer=sanitizer, planted=True), what)
+        planted(Emulator(sanitizer=sanitizer), what)
     print("done")

@@ -1,4 +1,4 @@
-// The kernels as a shared library with a C interface, loaded through ctypes by emulated.py.
+// The kernels (and the planted bugs) as a shared library with a C interface, loaded through ctypes by emulated.py.
 #include <algorithm>
 
 #include "emulator.h"
@@ -7,9 +7,7 @@
 #include "ops/fw_products.cuh"
 #include "ops/fw_step.cuh"
 #include "ops/permute.cuh"
-#ifdef FM_PLANTED
 #include "planted.cuh"
-#endif
 
 extern "C" {
 // 0, or 1 when there is no such kernel.
