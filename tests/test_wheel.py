@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import load, near, save, tiny_state
+from checks import assert_same_bits
+
+import fastmerge as fm
 
 CLONE = Path(__file__).parents[1]
 
@@ -19,10 +22,8 @@ def _run(*command, **options):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    environment = {**os.environ, "FASTMERGE_BUILD": "cpu", "FASTMERGE_BUILD_DIR": str(folder / "cmake")}
+def build(folder, kind):
+    environment = {**os.environ, "FASTMERGE_BUILD": kind, "FASTMERGE_BUILD_DIR": str(folder / "cmake")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     _run(
         sys.executable,
@@ -41,10 +42,8 @@ def wheel(tmp_path_factory):
     return built
 
 
-@pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory):
+def environment(folder, wheel):
     """The interpreter of an environment that has the wheel, and this environment's libraries but not its fastmerge."""
-    folder = tmp_path_factory.mktemp("environment")
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     site = Path(_run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     with zipfile.ZipFile(wheel) as z:
@@ -53,6 +52,16 @@ def python(wheel, tmp_path_factory):
     own = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
     (site / "libraries.pth").write_text("\n".join(dict.fromkeys(own)) + "\n")
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("wheel"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory):
+    return environment(tmp_path_factory.mktemp("environment"), wheel)
 
 
 def test_contents(wheel):
@@ -78,3 +87,21 @@ def test_merges_away_from_the_clone(python, tmp_path):
     )
     _run(python, "-c", code, *folders, tmp_path / "out", cwd=tmp_path)
     assert set(load(tmp_path / "out")) == set(base)
+
+
+def test_without_a_compiler_the_reference_serves_and_doctor_says_so(tmp_path):
+    python = environment(tmp_path / "environment", build(tmp_path / "wheel", "off"))
+    base = tiny_state()
+    folders = [save(tmp_path / "base", base), save(tmp_path / "a", near(base, 1)), save(tmp_path / "b", near(base, 2))]
+    code = (
+        "import sys, fastmerge as fm\n"
+        "base, a, b, out = sys.argv[1:]\n"
+        "report = fm.merge('ties', base, [a, b], weight=0.5, density=0.3, out=out)\n"
+        "assert report.backends == {'consensus_merge': 'reference'}, report.backends\n"
+        "print(fm.doctor())\n"
+    )
+    said = _run(python, "-c", code, *folders, tmp_path / "out", cwd=tmp_path)
+    assert "FASTMERGE_BUILD=off" in said
+    native = fm.merge("ties", folders[0], folders[1:], weight=0.5, density=0.3)
+    for name, got in load(tmp_path / "out").items():
+        assert_same_bits(got, native[name], name)
