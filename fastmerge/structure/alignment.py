@@ -165,7 +165,7 @@ def align(
         spec = separate_heads(spec)
     states = [state_of(m, f"models[{i}]") for i, m in enumerate(models)]
     _check_states(spec, states)
-    statistics = _statistics(models, spec, activations)
+    statistics = _statistics(models, spec, activations, within=match == "zip")
     found: list[tuple[float, Any]] = []
     for share in shares:
         if match == "zip":
@@ -204,14 +204,14 @@ def _check_states(spec: PermutationSpec, states: Sequence[Mapping[str, Tensor]])
                 raise BadInput(f"models[{i}]: {name} holds NaN or Inf", remedy="such a model can not be aligned")
 
 
-def _statistics(models: Sequence[Any], spec: PermutationSpec, activations: Any) -> Any:
+def _statistics(models: Sequence[Any], spec: PermutationSpec, activations: Any, within: bool) -> Any:
     if activations is None:
         return None
     from .activation import ActivationStatistics, activation_statistics
 
     if isinstance(activations, ActivationStatistics):
         return activations
-    return activation_statistics(models, spec, activations)
+    return activation_statistics(models, spec, activations, within=within)
 
 
 def separate_heads(spec: PermutationSpec) -> PermutationSpec:
@@ -314,11 +314,10 @@ class Search:
         similarities = self.blend(k, weight)
         found = solve(self.spec, self.units[k], similarities)
         current = {g: self.perms[g] for g in self.units[k].groups}
-        value, margin = evaluate(
-            self.spec, similarities, [s for s in self.units[k].signatures if s in similarities], current
-        )
+        shown = [s for s in self.units[k].signatures if s in similarities]
+        value, _ = evaluate(self.spec, similarities, shown, current, margins=False)
         if value >= found.value:  # nested matching is greedy: never leave a better match
-            found = Match(current, value, margin)
+            found = Match(current, *evaluate(self.spec, similarities, shown, current))
         self._matches[k], self._seen[k] = found, seen
         return found, True
 

@@ -28,9 +28,12 @@ class View:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The tensor as a feature matrix [units, everything else]."""
-        x = tensor.movedim(self.axis.axis, 0)
+        return self.rows_of_axis(tensor.movedim(self.axis.axis, 0))
+
+    def rows_of_axis(self, x: Tensor) -> Tensor:
+        """The same for something whose first axis is laid out like this axis (activations)."""
         if self.positions is not None:
-            x = x.index_select(0, self.positions)
+            x = x.index_select(0, self.positions.to(x.device))
         count = len(self.signature)
         if len(self.sizes) > count:  # fixed factors are features
             x = x.reshape(*self.sizes, -1)
