@@ -30,6 +30,7 @@ from .fr import fr
 from .karcher import karcher
 from .linear import linear
 from .model_stock import model_stock
+from .mudsc import mudsc
 from .multislerp import multislerp
 from .nearswap import nearswap
 from .nuslerp import nuslerp
@@ -64,6 +65,7 @@ __all__ = [
     "linear",
     "method",
     "model_stock",
+    "mudsc",
     "multislerp",
     "names",
     "nearswap",

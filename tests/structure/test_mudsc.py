@@ -9,6 +9,7 @@ from torch import nn
 
 from fastmerge.errors import BadInput
 from fastmerge.structure import ZipAlignment, activation_statistics, align, mudsc, named_spec, reset_batchnorm
+from fastmerge.structure.solve import matched_columns
 from fastmerge.structure.units import units
 
 
@@ -47,8 +48,11 @@ def test_activations_alone_recover_a_permuted_copy(name):
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.items())
     assert found.weight_share == 0.5
     only = align([model, other], spec, activations=batches, preset="activation")
-    right = sum(torch.equal(p, found.perms[1][g]) for g, p in only.perms[1].items())
-    assert right >= 0.7 * len(only.perms[1])  # dead units and symmetric statistics may tie
+    shown = activation_statistics([model, other], spec, batches).similarity(1)
+    for signature, matrix in shown.items():  # units that never fire are all alike: any order of them is as good
+        columns = matched_columns(spec, signature, only.perms[1])
+        matched = matrix.gather(1, columns[:, None])[:, 0]
+        assert ((matched > 0.999) | (matrix.abs().amax(1) < 1e-6)).all(), signature
 
 
 def test_activation_statistics_equal_the_two_pass_formula_and_hooks_go():
@@ -83,7 +87,7 @@ def test_weight_share_is_searched_by_a_score():
     assert found.weight_share == 0.3
     with pytest.raises(BadInput, match="give score"):
         align([model, other], spec, activations=batches, weight_share=[0.1, 0.3])
-    with pytest.raises(BadInput, match="activations need nn.Modules"):
+    with pytest.raises(BadInput, match=r"activations need nn\.Modules"):
         align([model.state_dict(), other.state_dict()], spec, activations=batches)
 
 
