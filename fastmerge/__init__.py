@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import experts, methods, ops
+    from . import experts, methods, ops, structure
     from ._dispatch import BackendUnavailable, use_backend
     from ._doctor import doctor
     from .engine import run
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .methods import method
     from .recipe import Recipe
     from .report import Report
+    from .structure import align, mudsc
 
 _HOME = {
     "BackendUnavailable": "_dispatch",
@@ -31,6 +32,7 @@ _HOME = {
     "Interrupted": "errors",
     "Recipe": "recipe",
     "Report": "report",
+    "align": "structure",
     "doctor": "_doctor",
     "experts": None,
     "frank_wolfe": "fw",
@@ -39,8 +41,10 @@ _HOME = {
     "merge": "merging",
     "method": "methods",
     "methods": None,
+    "mudsc": "structure",
     "ops": None,
     "run": "engine",
+    "structure": None,
     "use_backend": "_dispatch",
 }
 
@@ -52,6 +56,7 @@ __all__ = [
     "Interrupted",
     "Recipe",
     "Report",
+    "align",
     "doctor",
     "experts",
     "frank_wolfe",
@@ -60,8 +65,10 @@ __all__ = [
     "merge",
     "method",
     "methods",
+    "mudsc",
     "ops",
     "run",
+    "structure",
     "use_backend",
 ]
 

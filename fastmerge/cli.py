@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, cli_align
 from ._terminal import Progress, failing_politely, say
 
 app = typer.Typer(
@@ -217,6 +217,9 @@ def bench(
         from .benchmarks.run import run
 
         run(names or (), full=full, device=device, budget=budget, save=save)
+
+
+cli_align.register(app)
 
 
 def main() -> None:

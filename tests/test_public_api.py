@@ -20,6 +20,7 @@ PUBLIC = [
     "Interrupted",
     "Recipe",
     "Report",
+    "align",
     "doctor",
     "experts",
     "frank_wolfe",
@@ -28,8 +29,10 @@ PUBLIC = [
     "merge",
     "method",
     "methods",
+    "mudsc",
     "ops",
     "run",
+    "structure",
     "use_backend",
 ]
 
