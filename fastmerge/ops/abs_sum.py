@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like
 
@@ -63,6 +63,13 @@ def _abs_sum_cpu(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
         _native.threads(),
     )
     return sums
+
+
+@abs_sum.backend("triton", when=lambda base, models: _triton.why_not(base, *models))
+def _abs_sum_triton(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
+    _prepare(base, models)
+    sums: Tensor = _triton.kernel("abs_sum")(base, models)
+    return sums.cpu()
 
 
 @abs_sum.case("deltas of three models, odd size")

@@ -170,3 +170,9 @@ def _() -> object:
     return _triton.kernel("highpass_filter")(
         models, out, mask, base=base, weights=[0.5] * 3, add_base=True, which="pruned"
     )
+
+
+@scenario("abs_sum bf16 deltas")
+def _() -> object:
+    base, *models = tensors(4, torch.bfloat16, 9001)
+    return _triton.kernel("abs_sum")(base, models)
