@@ -2,6 +2,7 @@
 
 from .command import main
 from .family import Batch, DemoFamily, default_cache, prepare
+from .pair import DemoPair, prepare_pair
 from .sources import DataUnavailable
 
-__all__ = ["Batch", "DataUnavailable", "DemoFamily", "default_cache", "main", "prepare"]
+__all__ = ["Batch", "DataUnavailable", "DemoFamily", "DemoPair", "default_cache", "main", "prepare", "prepare_pair"]
