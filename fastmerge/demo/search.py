@@ -12,13 +12,13 @@ PASSES = 2  # over the axes: the second one revisits the scale with the densitie
 
 # What is tried for a parameter of this name, unless the method says otherwise below. The order is that of the search.
 AXES: dict[str, tuple[Any, ...]] = {
-    "lambda": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
-    "density": (0.1, 0.2, 0.4, 0.6, 0.8),
-    "cutoff": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "lambda": (0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
+    "density": (0.2, 0.5, 0.8),
+    "cutoff": (0.02, 0.05, 0.1, 0.2),
     "select_topk": (0.1, 0.2, 0.5, 1.0),
     "t": (0.3, 0.5, 0.7),
 }
-AVERAGED = (0.5, 1.0, 1.5, 2.0, 2.5)  # scales of a sum that is divided by its weights
+AVERAGED = (0.5, 1.0, 1.5, 2.0)  # scales of a sum that is divided by its weights
 METHOD_AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     "fr": {"lambda": AVERAGED},  # its default policy's coefficients sum to one
     "della": {"density": (0.3, 0.5, 0.7)},  # density ± epsilon lies inside (0, 1)
