@@ -14,6 +14,7 @@ import typer
 
 from . import __version__, cli_align
 from ._terminal import Progress, failing_politely, say
+from .cli_free import add_to as _add_free
 
 app = typer.Typer(
     name="fastmerge",
@@ -61,6 +62,8 @@ Nan = Annotated[NanPolicy, typer.Option("--nan", help="What NaN or Inf in an inp
 ShardSize = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Most bytes per output file. [default: as the base]")
 ]
+
+_add_free(app)
 
 
 @app.callback(invoke_without_command=True)
