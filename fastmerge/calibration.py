@@ -41,7 +41,9 @@ def read_records(path: str | Path, kind: str, *, labelled: bool = True, limit: i
     elif path.suffix == ".parquet":
         records = _parquet(path)
     else:
-        raise BadInput(f"{path.suffix!r} is not a known kind of data", where=str(path), remedy="give .jsonl or .parquet")
+        raise BadInput(
+            f"{path.suffix!r} is not a known kind of data", where=str(path), remedy="give .jsonl or .parquet"
+        )
     if not records:
         raise BadInput("the file holds no records", where=str(path))
     for number, record in enumerate(records, 1):
@@ -54,7 +56,9 @@ def read_records(path: str | Path, kind: str, *, labelled: bool = True, limit: i
                 raise BadInput(f"the record lacks {key!r}", where=where, remedy=f"a {kind} record needs {needed}")
         if kind != "lm" and labelled and not isinstance(record.get("label"), (int, float)):
             raise BadInput(
-                "the record lacks a numeric 'label'", where=where, remedy="add it, or use --loss entropy for unlabelled data"
+                "the record lacks a numeric 'label'",
+                where=where,
+                remedy="add it, or use --loss entropy for unlabelled data",
             )
     return records[:limit]
 
@@ -207,11 +211,12 @@ def hugging_face_gradient(
     tasks = by_task(read_records(data, kind, labelled=loss not in ("entropy", "causal_lm"), limit=limit))
     if heads is not None and set(tasks) - set(heads):
         raise BadInput(
-            f"no head is given for task {sorted(set(tasks) - set(heads))[0]!r}", remedy="add --head TASK=FOLDER for each"
+            f"no head is given for task {sorted(set(tasks) - set(heads))[0]!r}",
+            remedy="add --head TASK=FOLDER for each",
         )
 
     def load(folder: str | Path) -> nn.Module:
-        model: nn.Module = _offline(getattr(transformers, AUTO[kind]).from_pretrained, folder)
+        model: nn.Module = _offline(lambda f: getattr(transformers, AUTO[kind]).from_pretrained(f), folder)
         return model.to(device or "cpu").eval()
 
     models: nn.Module | dict[str, nn.Module] = {t: load(heads[t]) for t in tasks} if heads is not None else load(base)
@@ -228,6 +233,11 @@ def hugging_face_gradient(
 def _offline(load: Callable[..., Any], folder: str | Path) -> Any:
     try:
         return load(str(folder))
+    except ImportError as error:  # transformers imports its models late
+        raise BadInput(
+            f"transformers can not be used ({str(error).splitlines()[0]})",
+            remedy="check the installation with `python -c 'import torchvision, transformers'`",
+        ) from error
     except (OSError, ValueError) as error:
         raise BadInput(
             f"transformers can not load it ({str(error).splitlines()[0]})",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, cli_align
+from . import __version__, cli_align, cli_fw
 from ._terminal import Progress, failing_politely, say
 from .cli_free import add_to as _add_free
 
@@ -223,6 +223,7 @@ def bench(
 
 
 cli_align.register(app)
+cli_fw.register(app)
 
 
 def main() -> None:

@@ -81,7 +81,9 @@ def fw(
     init: Annotated[str | None, typer.Option(help="merge, base or a checkpoint.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Vertices per soft step.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Soft: simplex, capped or none.")] = None,
-    inner_steps: Annotated[int | None, typer.Option(min=0, help="Soft: gradients per step for the coefficients.")] = None,
+    inner_steps: Annotated[
+        int | None, typer.Option(min=0, help="Soft: gradients per step for the coefficients.")
+    ] = None,
     gap_tolerance: Annotated[float | None, typer.Option(help="Stop when the duality gap is at most this.")] = None,
     select: Annotated[list[str] | None, typer.Option(help="Merge only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep the base's tensors that match (repeatable).")] = None,
@@ -90,8 +92,12 @@ def fw(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per record.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many records.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass.")] = False,
-    device: Annotated[str | None, typer.Option(help="Where the model and the merged weights live. [default: cpu]")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model and the merged weights live. [default: cpu]")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the trace to this .png or .svg.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the trace as JSON on stdout.")] = False,
@@ -110,7 +116,17 @@ def fw(
 
         if (data is None) == (gradient is None):
             raise BadInput("give either --data (with --kind) or --gradient", remedy="see `fastmerge fw --help`")
-        common = ("preset", "iterations", "granularity", "metric", "init", "gap_tolerance", "select", "exclude", "missing")
+        common = (
+            "preset",
+            "iterations",
+            "granularity",
+            "metric",
+            "init",
+            "gap_tolerance",
+            "select",
+            "exclude",
+            "missing",
+        )
         own = ("top_k", "constraint", "inner_steps") if soft else ("step", "step_size", "scale", "inner")
         other = ("step", "step_size", "scale", "inner") if soft else ("top_k", "constraint", "inner_steps")
         for name in other:

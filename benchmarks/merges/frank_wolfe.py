@@ -1,0 +1,212 @@
+"""Frank-Wolfe against the machine and against the published procedure, side by side in one run.
+
+    python -m fastmerge.benchmarks.merges.frank_wolfe oracle FOLDER...     # one pass over the candidates in FOLDERs
+    python -m fastmerge.benchmarks.merges.frank_wolfe run                  # 10 iterations, 20 candidates, the demo's model
+    python -m fastmerge.benchmarks.merges.frank_wolfe scale                # accuracy with 16 irrelevant candidates
+
+oracle: ours; one thread reading the same files in 4 MB blocks and doing nothing with them; and the published loop,
+which takes each tensor of each candidate whole, flattens it and computes one dot and two norms.
+run: the published procedure keeps every candidate in memory, adds up gradients of single images, and loops over
+tensors; both are asked for the same choices. scale: what the papers call stability.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmerge as fm
+from fastmerge.fw.problem import opened_problem
+
+State = Mapping[str, Tensor]
+BLOCK = 4 << 20
+
+
+def seconds(f: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = f()
+    return time.perf_counter() - begin, result
+
+
+def read_all(folders: Sequence[Path]) -> int:
+    """Every byte of the candidates' files, by one thread, into one buffer."""
+    buffer, total = memoryview(bytearray(BLOCK)), 0
+    for file in [f for folder in folders for f in sorted(folder.glob("*.safetensors"))]:
+        fd, at = os.open(file, os.O_RDONLY), 0
+        while n := os.preadv(fd, [buffer], at):
+            at += n
+        os.close(fd)
+        total += at
+    return total
+
+
+def published_oracle(gradients: State, candidates: Sequence[State]) -> tuple[list[int], list[float]]:
+    """The released loop: a candidate's tensors one by one; norms of gradient and candidate anew every time."""
+    picks, scores = [], []
+    for name, g in gradients.items():
+        best, pick = float("inf"), -1
+        flat = g.flatten()
+        for k, candidate in enumerate(candidates):
+            x = candidate[name].float().flatten()
+            value = float(torch.dot(flat, x) / (torch.norm(flat) * torch.norm(x)))
+            if value < best:
+                best, pick = value, k
+        picks.append(pick)
+        scores.append(best)
+    return picks, scores
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors of a folder, mapped from its files when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.files = [safe_open(f, "pt") for f in sorted(folder.glob("*.safetensors"))]
+        self.where = {n: f for f in self.files for n in f.keys()}  # noqa: SIM118  (a file is not a mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.where[name].get_tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+
+def oracle(folders: Sequence[Path], repeat: int, published: bool) -> dict[str, Any]:
+    times: dict[str, list[float]] = {"read": [], "dot": [], "cosine": [], "published": []}
+    gigabytes = read_all(folders) / 1e9
+    with opened_problem(
+        folders[0], folders[1:], select=None, exclude=None, missing="error", space=None, lora="product", device=None,
+        shards=None, group=None, allow_pickle=False,
+    ) as problem:  # fmt: skip
+        g = torch.Generator().manual_seed(0)
+        gradients = {n: torch.empty(problem.parts[n].numel).normal_(generator=g) for n in problem.names}
+        problem.theta = gradients  # any point of the right size: its products are computed too
+        count = len(folders) - 1
+        got = None
+        for i in range(repeat):
+            times["read"].append(seconds(lambda: read_all(folders[1:]))[0])
+            took, got = seconds(lambda: problem.pool.products(gradients, problem.theta, norms=[False] * count))
+            times["dot"].append(took)
+            times["cosine"].append(
+                seconds(lambda: problem.pool.products(gradients, problem.theta, norms=[True] * count))[0]
+            )
+            if published and i == 0:
+                lazy = [Lazy(f) for f in folders[1:]]
+                times["published"].append(seconds(lambda lazy=lazy: published_oracle(gradients, lazy))[0])
+    assert got is not None
+    middle = {k: statistics.median(v) for k, v in times.items() if v}
+    out = {"candidates": count, "gb": gigabytes, "seconds": middle, "dot_over_read": middle["dot"] / middle["read"]}
+    out["cosine_over_read"] = middle["cosine"] / middle["read"]
+    if published:
+        out["published_over_cosine"] = middle["published"] / middle["cosine"]
+    return out
+
+
+def family_with(irrelevant: int) -> tuple[Any, list[str], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """The demo's family, four of its tasks, their fine-tunes, and candidates that have nothing to do with them.
+
+    Irrelevant are the other tasks' fine-tunes and copies of fine-tunes whose deltas were shuffled within each tensor
+    and doubled: as large as real ones of a longer training, and meaningless.
+    """
+    from fastmerge import demo
+
+    family = demo.prepare(quick=True)
+    tasks, others = list(family.tasks)[:4], list(family.tasks)[4:]
+    base = family.state()
+    extra = [family.state(t) for t in others]
+    g = torch.Generator().manual_seed(0)
+    while len(extra) < irrelevant:
+        source = family.state(tasks[len(extra) % 4])
+        extra.append(
+            {
+                n: (b + 2 * (source[n] - b).flatten()[torch.randperm(b.numel(), generator=g)].view(b.shape)).to(b.dtype)
+                for n, b in base.items()
+            }
+        )
+    return family, tasks, [family.state(t) for t in tasks], extra[:irrelevant]
+
+
+def published_run(
+    base: State, candidates: Sequence[State], sample_gradient: Callable[[State], State], iterations: int, scale: float
+) -> list[list[int]]:
+    """The released procedure: start and pool, one cosine per tensor and candidate, zero where none is negative."""
+    theta = {n: b.float() + scale * sum(c[n].float() - b.float() for c in candidates) for n, b in base.items()}
+    pool = [*candidates, {n: t.clone() for n, t in theta.items()}]
+    choices = []
+    for t in range(iterations):
+        picks, scores = published_oracle(sample_gradient(theta), pool)
+        gamma = 2 / (t + 2) * 0.1
+        picks = [-1 if s >= 0 else k for k, s in zip(picks, scores, strict=True)]
+        for name, k in zip(theta, picks, strict=True):
+            s = torch.zeros_like(theta[name]) if k < 0 else pool[k][name].float()
+            theta[name] = theta[name] + scale * gamma * (s - theta[name])
+        choices.append(picks)
+    return choices
+
+
+def end_to_end() -> dict[str, Any]:
+    family, tasks, relevant, extra = family_with(16)
+    base, candidates = family.state(), [*relevant, *extra]
+    model = family.model()
+    batched = fm.gradient(model, family.loss, {t: family.calibration(t, batch=100, limit=100) for t in tasks})
+    single = fm.gradient(
+        model, family.loss, {t: family.calibration(t, batch=1, limit=100) for t in tasks}, reduction="sum"
+    )
+    ours, result = seconds(lambda: fm.frank_wolfe(base, candidates, batched, preset="published", norm_cache=False))
+    theirs, choices = seconds(lambda: published_run(base, candidates, single, 10, 0.29))
+    same = sum(a == b for x, y in zip(result.choices, choices, strict=True) for a, b in zip(x, y, strict=True))
+    spent = {k: sum(i.seconds[k] for i in result.trace.iterations) for k in result.trace.iterations[0].seconds}
+    return {
+        "seconds": ours, "published_seconds": theirs, "ratio": theirs / ours, "same_choices": same,
+        "choices": sum(map(len, choices)), "where": spent,
+    }  # fmt: skip
+
+
+def scale() -> dict[str, Any]:
+    family, tasks, relevant, extra = family_with(16)
+    base = family.state()
+    ask = fm.gradient(family.model(), family.loss, {t: family.calibration(t, batch=100) for t in tasks})
+
+    def accuracy(state: State) -> float:
+        found = family.evaluate(state, tasks=tasks)
+        return 100 * sum(found.values()) / len(found)
+
+    rows: dict[str, Any] = {"base": accuracy(base)}
+    pools = {"4 relevant": relevant, "4 relevant + 16 irrelevant": [*relevant, *extra]}
+    for name, pool in pools.items():
+        rows[f"task_arithmetic, {name}"] = accuracy(fm.merge("task_arithmetic", base, pool, weight=1.0, lambda_=0.29))
+        hard = fm.frank_wolfe(base, pool, ask, init="base", step="line_search", search_evaluations=6, norm_cache=False)
+        rows[f"frank_wolfe, {name}"] = accuracy(hard.state_dict)
+        soft = fm.frank_wolfe_soft(base, pool, ask, iterations=4, constraint="capped", inner_steps=8, norm_cache=False)
+        rows[f"frank_wolfe_soft, {name}"] = accuracy(soft.state_dict)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["oracle", "run", "scale"])
+    parser.add_argument("folders", nargs="*", type=Path, help="oracle: the base's folder, then the candidates'")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--published", action="store_true", help="oracle: time the published loop too")
+    given = parser.parse_args()
+    if given.what == "oracle":
+        print(json.dumps(oracle(given.folders, given.repeat, given.published)))
+    else:
+        print(json.dumps(end_to_end() if given.what == "run" else scale()))
+
+
+if __name__ == "__main__":
+    main()
