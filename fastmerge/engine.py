@@ -241,6 +241,11 @@ def run(
     clock = Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     method: Method = recipe.method
+    if method.name in ("frank_wolfe", "frank_wolfe_soft"):  # their data is named by the recipe's parameters
+        from .fw.recipes import run_recipe
+
+        where = None if out is None else Path(out)
+        return run_recipe(recipe, where, force=force, dry_run=dry_run, allow_pickle=allow_pickle)
     if method.needs_data:
         raise BadInput(
             f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"

@@ -27,6 +27,7 @@ from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .dare import dare_linear, dare_ties
 from .della import della, della_linear
 from .fr import fr
+from .frank_wolfe import frank_wolfe, frank_wolfe_soft
 from .karcher import karcher
 from .linear import linear
 from .model_stock import model_stock
@@ -60,6 +61,8 @@ __all__ = [
     "della",
     "della_linear",
     "fr",
+    "frank_wolfe",
+    "frank_wolfe_soft",
     "get",
     "karcher",
     "linear",

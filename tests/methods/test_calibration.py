@@ -202,3 +202,24 @@ def test_gradients_of_the_users_own(folders, tmp_path):
     )
     assert said.exit_code == 0, said.output
     assert "step 10/10" in said.output
+
+
+def test_recipes_name_their_data(folders, tmp_path):
+    root, data = folders
+    recipe = {
+        "merge_method": "frank_wolfe",
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / "noise")}, {"model": str(root / "tuned")}],
+        "parameters": {"data": str(data), "step": "line_search", "init": "base", "iterations": 1},
+    }
+    file = tmp_path / "fw.yml"
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    said = CliRunner().invoke(app, ["merge", str(file), str(tmp_path / "out"), "--json"])
+    assert said.exit_code == 0, said.output
+    assert fw.Trace.load(tmp_path / "out" / "frank_wolfe_trace.json").settings["step"] == "line_search"
+    for change, match in (({"stp": 1}, "stp"), ({"data": None}, "data")):
+        file.write_text(json.dumps({**recipe, "parameters": {**recipe["parameters"], **change}}))
+        bad = CliRunner().invoke(app, ["merge", str(file), str(tmp_path / "other")])
+        assert bad.exit_code == 2, bad.output
+        assert match in bad.output
+    assert not (tmp_path / "other").exists()
