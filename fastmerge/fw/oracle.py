@@ -21,7 +21,7 @@ from ..ops.fw_lmo import choose as choose_from
 from ..ops.fw_products import BLOCK, FwProducts
 from .candidates import Candidate, Readable, Zeros
 
-PIECE = 4 * BLOCK  # elements: 1 MB of float32 gradient
+PIECE = 16 * BLOCK  # elements: large enough that a call's overhead does not show, small enough for the shared cache
 GROUP = 4  # candidates per call: bounds the buffers, whatever the number of candidates
 
 
