@@ -78,7 +78,7 @@ def executor(device: torch.device) -> tuple[Executor | None, str]:
     chosen = _override.get()
     if chosen is not None:
         return chosen, ""
-    reasons = []
+    reasons: list[str] = []
     for candidate in _candidates():
         reason = candidate.why_not(device)
         if reason is None:

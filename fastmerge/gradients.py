@@ -320,7 +320,7 @@ class Gradient:
                 part_sum = losses.float() * (end - begin) if losses.ndim == 0 else losses.float().sum()
                 value += float(part_sum.detach()) * scale
                 if backward:
-                    (part_sum * (scale * up)).backward()  # type: ignore[no-untyped-call]
+                    (part_sum * (scale * up)).backward()
         if backward and up != 1.0:
             for p in model.parameters():
                 if p.grad is not None:

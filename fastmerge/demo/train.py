@@ -86,7 +86,7 @@ def _optimize(
                 group["lr"] = rate * at
             loss = loss_of(augment(images, generator), labels)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1

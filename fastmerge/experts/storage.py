@@ -106,7 +106,8 @@ def decode(coding: str, data: npt.NDArray[Any], numel: int) -> npt.NDArray[np.in
     most = 255 if coding == "gap8" else 65535
     last = data != most
     positions: npt.NDArray[np.int64] = np.cumsum(data.astype(np.int64) + last) - 1
-    return positions[last]
+    kept_positions: npt.NDArray[np.int64] = positions[last]
+    return kept_positions
 
 
 def save(expert: Expert, path: str | Path) -> int:

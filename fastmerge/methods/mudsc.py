@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -32,9 +32,10 @@ def mudsc(
     from ..ops import permute_merge
 
     plan: Alignment = context.plan
-    total, merged = float(weight[0]), models[0]
+    weights = cast("list[float]", weight)
+    total, merged = float(weights[0]), models[0]
     for m, other in enumerate(models[1:], 1):
-        total += float(weight[m])
+        total += float(weights[m])
         spec, perms = plan.spec, plan.perms[m]
         indices: dict[int, Tensor] = {}
         if context.name in spec.tensors and spec.crossing(context.name):
@@ -43,9 +44,10 @@ def mudsc(
             indices = {a.axis: i for a in spec.tensors.get(context.name, ()) if (i := spec.index(a, perms)) is not None}
         last = m == len(models) - 1
         dtype = context.dtype if last else max(merged.dtype, other.dtype, key=lambda d: d.itemsize)
-        merged = permute_merge(
-            merged, other, indices, float(weight[m]) / total if total else 0.0, dtype=dtype, check=False
-        )
+        share = float(weights[m]) / total if total else 0.0
+        moved = permute_merge(merged, other, indices, share, dtype=dtype, check=False)
+        assert isinstance(moved, Tensor)
+        merged = moved
     return merged
 
 

@@ -134,7 +134,7 @@ class Axes:
                 t = self.norm(t)
                 terms.extend(t.terms if isinstance(t, Sum) else (t,))
             return terms[0] if len(terms) == 1 else Sum(*terms)
-        members = [self.norm(m) for m in tree.members]
+        members: list[Tree] = [self.norm(m) for m in tree.members]
         first = members[0]
         if all(self.same(m, first) for m in members[1:]):
             return first
@@ -254,8 +254,11 @@ class Axes:
         elif isinstance(a, Sum) and isinstance(b, Sum):
             self._union_sums(list(a.terms), list(b.terms))
         elif isinstance(a, Product):
+            assert isinstance(b, Sum)
             self._union_mixed(a, b)
         else:
+            assert isinstance(a, Sum)
+            assert isinstance(b, Product)
             self._union_mixed(b, a)
 
     def _union_families(self, a: Tree, b: Tree) -> None:

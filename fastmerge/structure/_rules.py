@@ -7,7 +7,7 @@ without a rule of their own: pointwise ones (by torch's own tag) tie their opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ._domain import EXPLODE, UNIT, Axes, Family, Node, Product, Sum, Tree, size
 
@@ -62,8 +62,11 @@ class Context:
         return out
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(f: Rule) -> Rule:
+F = TypeVar("F", bound=Rule)
+
+
+def rule(*names: str) -> Callable[[F], F]:
+    def register(f: F) -> F:
         RULES.update({f"aten.{n}": f for n in names})
         return f
 

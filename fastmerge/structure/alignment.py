@@ -22,7 +22,8 @@ from .permutation import Permutations, PermutationSpec
 from .solve import Match, evaluate, solve
 from .units import Signature, Unit, units
 
-PRESETS = {"git-rebasin": (1.0, "dot"), "activation": (0.0, "pearson")}
+Similarity = Literal["pearson", "cosine", "dot"]
+PRESETS: dict[str, tuple[float, Similarity]] = {"git-rebasin": (1.0, "dot"), "activation": (0.0, "pearson")}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def align(
     match: Literal["permute", "zip"] = "permute",
     order: Literal["topological", "random"] = "topological",
     seed: int = 0,
-    similarity: Literal["pearson", "cosine", "dot"] = "pearson",
+    similarity: Similarity = "pearson",
     preset: Literal["git-rebasin", "activation"] | None = None,
     sweeps: int = 100,
     patience: int = 5,

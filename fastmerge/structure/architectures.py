@@ -76,9 +76,9 @@ def _prefix(data: Mapping[str, Any], shapes: Shapes) -> str | None:
     for p in patterns:
         found.append({m["prefix_"] for n in shapes if (m := p.match(n))})
     common = set.intersection(*found) if found else set()
-    for p in sorted(common, key=len):
-        if not any(_regex(a, re.escape(p)).match(n) for a in data.get("absent", ()) for n in shapes):
-            return p
+    for prefix in sorted(common, key=len):
+        if not any(_regex(a, re.escape(prefix)).match(n) for a in data.get("absent", ()) for n in shapes):
+            return prefix
     return None
 
 
@@ -249,7 +249,11 @@ def _solve_size(layout: Layout, total: int, known: Mapping[str, int]) -> dict[st
     if len(unknown) > 1:
         return None
     g = unknown.pop()
-    zero, one, two = (layout.size(lambda n, v=v: v if n == g else known[n]) for v in (0, 1, 2))
+
+    def size_with(value: int) -> int:
+        return layout.size(lambda n: value if n == g else known[n])
+
+    zero, one, two = (size_with(v) for v in (0, 1, 2))
     slope = one - zero
     if two - one != slope or slope <= 0 or (total - zero) % slope:
         raise BadInput(f"a size of {total} does not fit '{layout}'; are the numbers of heads right?")

@@ -158,7 +158,8 @@ def _row_sum(x: Tensor) -> Tensor:
 
 
 def _row_square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1).double().square()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.double().square()
 
 
 def sum_products(pairs) -> Tensor:  # type: ignore[no-untyped-def]

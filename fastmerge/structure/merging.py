@@ -47,7 +47,12 @@ def average(
     for name, base in states[0].items():
         others = [s[name] for s in states[1:]]
         if not base.is_floating_point():
-            out[name] = sum(t.float() for t in (base, *others)) / len(states) if reference_bugs else base.clone()
+            out[name] = base.clone()
+            if reference_bugs:
+                total_count = base.float()
+                for other in others:
+                    total_count = total_count + other.float()
+                out[name] = total_count / len(states)
             continue
         low = base.dtype in (torch.float16, torch.bfloat16)
         total, merged = share[0], base
@@ -63,7 +68,9 @@ def average(
             if merged.ndim == 0:
                 indices = {}
             weight = share[m] / total if total else 0.0
-            merged = permute_merge(merged, other.to(merged.device), indices, weight, dtype=dtype, check=False)
+            moved = permute_merge(merged, other.to(merged.device), indices, weight, dtype=dtype, check=False)
+            assert isinstance(moved, Tensor)
+            merged = moved
         if reference_bugs and alignment.perms[1:]:
             count = sum(a.role == "out" for a in spec.tensors.get(name, ()))
             merged = merged * (len(states) / (len(states) + 1e-5)) ** count
@@ -110,8 +117,8 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
             model(*args, **kwargs)
             seen += 1
     finally:
-        for m, flag in flags.items():
-            m.training = flag
+        for module, flag in flags.items():
+            module.training = flag
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
     if not seen:

@@ -33,8 +33,11 @@ def _assign(score: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _solve(
-    groups: list[str], parents: Mapping[str, tuple[str, ...]], mats: dict[Signature, np.ndarray], sizes
-) -> tuple[dict[str, np.ndarray], float]:  # type: ignore[no-untyped-def]
+    groups: list[str],
+    parents: Mapping[str, tuple[str, ...]],
+    mats: dict[Signature, np.ndarray],
+    sizes: Mapping[str, int],
+) -> tuple[dict[str, np.ndarray], float]:
     """Permutations of `groups` that (greedily, outermost first) maximise the total of all matrices.
 
     A matrix of signature (a, b) has axes [a, b, a', b']. Groups that depend on one solved here get a leading axis for it.
@@ -49,8 +52,8 @@ def _solve(
     root = min(heads, key=lambda g: (not company[g], sizes[g], groups.index(g)))
     n = sizes[root]
     if root not in present and not company[root]:
-        rest, value = _solve([g for g in groups if g != root], parents, mats, sizes)
-        return {root: np.arange(n), **rest}, value
+        others, value = _solve([g for g in groups if g != root], parents, mats, sizes)
+        return {root: np.arange(n), **others}, value
     alone = mats.get((root,))
     shared = {
         s: np.moveaxis(m, (s.index(root), len(s) + s.index(root)), (0, 1))
@@ -111,12 +114,11 @@ def solve(spec: PermutationSpec, unit: Unit, similarities: Similarities) -> Matc
     signatures = [s for s in unit.signatures if s in similarities]
     sizes = {g: spec.size(g) for g in unit.groups}
     if len(unit.groups) == 1 and len(signatures) == 1:
-        s = similarities[signatures[0]]
-        scores = s.detach().cpu().numpy()
+        scores = similarities[signatures[0]].detach().cpu().numpy()
         columns, _ = _assign(scores)
         perms = {unit.groups[0]: torch.from_numpy(columns.astype(np.int64))}
     else:
-        mats = {}
+        mats: dict[Signature, np.ndarray] = {}
         for s in signatures:
             shape = [sizes[g] for g in s]
             mats[s] = similarities[s].detach().cpu().numpy().reshape(*shape, *shape) / similarities[s].shape[0]

@@ -288,6 +288,6 @@ def zip_align(spec, states, statistics, share, order, seed, similarity, sweeps, 
             s: torch.cat([torch.cat([blocks[0, 0][s], x], 1), torch.cat([x.T, blocks[1, 1][s]], 1)])
             for s, x in blocks[0, 1].items()
         }
-    search = ZipSearch(spec, states, both, share, similarity)
+    search = ZipSearch(spec, states, both, share, similarity)  # type: ignore[no-untyped-call]
     search.run(order, seed, sweeps, patience)
     return ZipAlignment(spec, search.labels(), [[], search.trace], share, [{}, search.values])
