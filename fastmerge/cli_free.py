@@ -43,7 +43,7 @@ def free(
         fr = {"preset": preset, "cutoff": cutoff, "select": select}
         made = experts.extract(base, models, density=density, mu=mu, constant=constant, by=by, **fr)  # type: ignore[arg-type]
         merge("fr", str(base), [str(m) for m in models], out=out, **fr)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for e in made:
             path = out / "experts" / f"{e.task}.safetensors"
             rows.append({"task": e.task, "file": str(path), "bytes": experts.save(e, path), "entries": e.entries})

@@ -134,11 +134,11 @@ class Axes:
                 t = self.norm(t)
                 terms.extend(t.terms if isinstance(t, Sum) else (t,))
             return terms[0] if len(terms) == 1 else Sum(*terms)
-        members: list[Tree] = [self.norm(m) for m in tree.members]
-        first = members[0]
-        if all(self.same(m, first) for m in members[1:]):
+        normed: list[Tree] = [self.norm(m) for m in tree.members]
+        first = normed[0]
+        if all(self.same(m, first) for m in normed[1:]):
             return first
-        return Family(tree.index, members)
+        return Family(tree.index, normed)
 
     def _family_over(self, tree: Tree, index: Node) -> bool:
         return isinstance(tree, Family) and self.norm(tree.index) is self.norm(index)

@@ -274,7 +274,8 @@ def _position(c: Context, x: Value, dim: int | None = None, *_: Any, shape: Sequ
     for i, t in enumerate(x.dims):
         if dim is None or i == _axis(dim, len(x.dims)):
             c.axes.pin(t)
-    return _reduce(c, x, *([] if dim is None else [dim]), shape=shape)
+    reduced: Value = _reduce(c, x, *([] if dim is None else [dim]), shape=shape)
+    return reduced
 
 
 @rule("topk")

@@ -152,7 +152,7 @@ def source_index(
                 at = c.reshape(1, -1)
             elif isinstance(f, str):
                 where = [here[p] for p in parents(f)]
-                at = perms[f][(*where, c.reshape(1, -1))]
+                at = perms[f][tuple([*where, c.reshape(1, -1)])]
             else:
                 inner_env = {k: v.expand(rows, n).reshape(-1) for k, v in here.items()}
                 inner = source_index(f, perms, sizes, parents, inner_env, rows * n)

@@ -131,7 +131,7 @@ class PermutationSpec:
         out = []
         for p in names:
             where = tuple(at[q] for q in self.groups[p].parents)
-            out.append(perms[p][(*where, at[p])] if p in perms else at[p])
+            out.append(perms[p][tuple([*where, at[p]])] if p in perms else at[p])
         return tuple(out)
 
     def compose(self, first: Perms, second: Perms) -> Permutations:
