@@ -5,10 +5,8 @@
 // Order is fixed: elements of a thread in index order, then lanes and warps in a tree: no float atomics. The totals kernel
 // adds the blocks' float32 sums to float64 totals in index order, continuing from the totals of the pieces before.
 #pragma once
-#include "../common/cuda.cuh"
+#include "../common/block_sum.cuh"
 
-#define FM_SUM_BLOCK 65536
-#define FM_ELEMENTS 16  // of a tile, per thread
 
 struct ProductsTask {
   u64 g, s;           // s: addresses of the K candidates
@@ -17,30 +15,6 @@ struct ProductsTask {
   i64 flags;          // FM_NORMS: squares too; FM_ALIGNED: all addresses are aligned for packs
 };
 #define FM_NORMS 1
-#define FM_ALIGNED 2
-
-// N elements from index `at` of an array of n, zeros beyond its end, as floats.
-template <class T, int N>
-__device__ __forceinline__ void load_floats(const T* p, u32 at, u32 n, bool aligned, float* y) {
-  if (aligned && at + N <= n) {
-    const Pack<T, N> x = load_pack<T, N>(p + at);
-#pragma unroll
-    for (int i = 0; i < N; ++i) y[i] = to_float(x.item[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) y[i] = at + i < n ? to_float(load(p + at + i)) : 0.0f;
-  }
-}
-
-// Adds the 256 partial sums of `column`, by one warp; every lane gets the result.
-__device__ __forceinline__ float add_column(const float* column, u32 lane) {
-  float x = column[lane];
-#pragma unroll
-  for (int i = 1; i < FM_THREADS / 32; ++i) x += column[lane + 32 * i];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
 
 // N elements per access: 16 bytes of the narrower type, at most 16 of the wider.
 template <class G, class S, int N>

@@ -1,7 +1,7 @@
 // fw_step on a GPU: theta += gamma * (s - theta) for all tensors of a model in one launch, optionally with the products
 // <g, s - theta> and |s - theta|^2 of the step (the next decision's numbers) from the same pass.
 #pragma once
-#include "fw_products.cuh"
+#include "../common/block_sum.cuh"
 
 struct StepTask {
   u64 theta, s, g;    // s = 0: the zero vertex; g = 0: no products

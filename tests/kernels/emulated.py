@@ -40,7 +40,7 @@ def build(sanitizer: str = "") -> Path:
         "-Wno-unknown-pragmas",
         *SANITIZERS[sanitizer],
     ]
-    sources = [*sorted(HERE.iterdir()), *sorted((csrc / "ops").glob("*.cuh")), csrc / "common" / "cuda.cuh"]
+    sources = [*sorted(HERE.iterdir()), *sorted((csrc / "ops").glob("*.cuh")), *sorted((csrc / "common").glob("*.cuh"))]
     digest = hashlib.sha256(repr(flags).encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fastmerge-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
