@@ -83,7 +83,8 @@ def window_counts(density: float, gamma: float, n: int) -> tuple[int, int]:
         return n, 0
     keep = int(density * n)
     top = min(int(gamma * n), n - keep)
-    return keep + top, top
+    # Everything dropped from the top is nothing kept; a high end that "keeps everything" could not say so.
+    return (0, 0) if top >= n else (keep + top, top)
 
 
 def _threshold(key: Tensor, k: int) -> Threshold | None:

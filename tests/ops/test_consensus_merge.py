@@ -181,3 +181,10 @@ def test_bad_input_is_named(kwargs, match, backend):
     positional = [arguments.pop(k) for k in ("base", "models", "weight", "density")]
     with pytest.raises((ValueError, TypeError), match=match):
         consensus_merge(*positional, backend=backend, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_window_that_drops_everything_keeps_nothing(backend):
+    base, model = torch.zeros(8), torch.arange(1.0, 9.0)
+    got = consensus_merge(base, [model], 1.0, 0.0, trim="window", gamma=1.0, backend=backend)
+    assert got.tolist() == [0.0] * 8
