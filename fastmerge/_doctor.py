@@ -153,7 +153,21 @@ def _toolchain() -> dict[str, Any]:
         "gcc": _first_line("gcc", "--version", r"(\d+\.\d+(?:\.\d+)?)"),
         "triton": _importable("triton", "fastmerge[triton]"),
         "cupy": _importable("cupy", "fastmerge[gpu12]"),
+        "cuda_kernels": _cuda_kernels(),
     }
+
+
+def _cuda_kernels() -> str:
+    """What would run the CUDA C++ kernels on the first GPU, and why what is preferred to it would not."""
+    import torch
+
+    from ._cuda import executor
+
+    found, reasons = executor(torch.device("cuda", 0))
+    if found is None:
+        return f"none: {reasons}"
+    name = "nvcc build" if type(found).__name__ == "Compiled" else "NVRTC through CuPy"
+    return f"{name} ({reasons})" if reasons else name
 
 
 def _first_line(program: str, argument: str, pattern: str) -> str | None:

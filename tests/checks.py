@@ -170,7 +170,8 @@ def check_op(op: Op[..., Any], *, backends: list[str] | None = None, device: str
             want_inputs = clone_tree((args, kwargs))
             want = op(*want_inputs[0], backend=REFERENCE, **want_inputs[1])
             for layout, arrange in LAYOUTS.items():
-                for name in backends or [b for b in op.backends if op.why_not(b, *args, **kwargs) is None]:
+                probe = map_tensors((args, kwargs), lambda t: t.to(device))
+                for name in backends or [b for b in op.backends if op.why_not(b, *probe[0], **probe[1]) is None]:
                     inputs = map_tensors(clone_tree((args, kwargs)), lambda t: arrange(t).to(device))  # noqa: B023
                     what = f"{op.name} [{name}] {case.name}, {dtype}, {layout}"
                     with poisoned_empty():
