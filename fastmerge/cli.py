@@ -78,7 +78,7 @@ def merge(
     recipe: RecipePath,
     out: OutPath,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, merge nothing.")
     ] = False,
     resume: Resume = False,
     force: Force = False,
@@ -131,7 +131,7 @@ def check(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe and the headers of its models; read no weights, write nothing."""
+    """Check a recipe and the headers of its models; merge nothing."""
     with failing_politely(debug=debug, json=json):
         from . import _tables
         from .engine import run

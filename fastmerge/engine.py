@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class Job:
         self.recipe, self.method, self.template, self.models = recipe, method, template, list(models)
         self.pool, self.files, self.nan = pool, files, nan
         self.nonfinite: dict[str, int] = {}
+        self._lock = threading.Lock()
         self.planned: list[Planned] = []
         problems = check_names(template, models, sliced=recipe.compiled.sliced, ignore_extra=ignore_extra)
         if not problems:
@@ -76,7 +78,8 @@ class Job:
         passes = 1 + (method.scan_pass is not None) + (method.fit_pass is not None)
         self.input_bytes = sum(s.nbytes for t in merged for s in [*t.models, *([t.base] if t.base else [])])
         # an upper bound: a fit pass reads nothing for parameters that need no fit
-        self.total_bytes = passes * self.input_bytes + sum(t.numel * t.dtype.itemsize for t in merged)
+        self.read_bytes = passes * self.input_bytes
+        self.total_bytes = self.read_bytes + sum(t.numel * t.dtype.itemsize for t in merged)
 
     def stream(
         self,
@@ -100,7 +103,8 @@ class Job:
 
     def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
         key = f"{label}: {name}"
-        self.nonfinite[key] = self.nonfinite.get(key, 0) + count
+        with self._lock:
+            self.nonfinite[key] = self.nonfinite.get(key, 0) + count
         if self.nan == "error":
             first = offset + int((~torch.isfinite(chunk.reshape(-1))).nonzero()[0])
             raise BadInput(
@@ -190,13 +194,14 @@ def _layout(job: Job, max_shard_bytes: int | None) -> Layout:
 
 def _identity(job: Job, recipe: Recipe, layout: Layout) -> str:
     """What decides the output's bytes; a resumed job must have the same."""
-    inputs = {}
+    inputs = []  # in order: a recipe with two models swapped is another job
     for checkpoint in [job.template, *job.models]:
-        for file in checkpoint.files():
-            stat = file.stat()
-            inputs[str(file.resolve())] = [stat.st_size, stat.st_mtime_ns]
+        stats = [(file, file.stat()) for file in checkpoint.files()]
+        inputs.append([[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats])
     headers = {name: raw.hex() for name, raw in layout.headers.items()}
-    parameters = [[t.name, t.plan.sources, dict(t.plan.parameters)] for t in job.planned]
+    parameters = [
+        [t.name, t.plan.models, t.plan.base_source, t.plan.sources, dict(t.plan.parameters)] for t in job.planned
+    ]
     return fingerprint([job.method.name, job.recipe.seed, inputs, headers, parameters])
 
 
@@ -270,7 +275,7 @@ def run(
         )
         layout = _layout(job, max_shard_bytes)
         if out is not None:
-            check_target(out, layout.total_bytes, force=force, resume=resume)
+            check_target(out, layout.total_bytes, force=force, resume=resume, inputs=_folders([template, *models]))
         report = Report(
             method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None,
             str(out) if out is not None else None,
@@ -298,9 +303,12 @@ def run(
                 for t in job.planned
             ]
             return report
+        # The fit pass comes before anything is written: it may still find the recipe wrong for these tensors.
+        files.tick = _ticker(job, progress)
+        plan = job.fit()
         writer = Writer.start(out, layout, _identity(job, recipe, layout), resume=resume, force=force)
         try:
-            _fill(job, writer, report, progress)
+            _fill(job, writer, plan, report)
             _finish_report(report, clock, files, writer, backends, job)
             writer.publish(_small_files(job, report), force=force)
         except KeyboardInterrupt:
@@ -322,10 +330,12 @@ def run(
     return report
 
 
-def _fill(job: Job, writer: Writer, report: Report, progress: Progress | None) -> None:
+def _folders(checkpoints: Sequence[Checkpoint]) -> list[Path]:
+    return [c.folder for c in checkpoints if c.folder is not None]
+
+
+def _fill(job: Job, writer: Writer, plan: Any, report: Report) -> None:
     finished = writer.finished
-    tick = _ticker(job, writer, progress)
-    plan = job.fit() if any(t.name not in finished and not t.copied for t in job.planned) else None
     for t in job.planned:
         clock, read, wrote = Clock(), job.files.bytes_read, writer.bytes_written
         how = "resumed" if t.name in finished else "copied" if t.copied else "merged"
@@ -335,7 +345,6 @@ def _fill(job: Job, writer: Writer, report: Report, progress: Progress | None) -
 
             def put(offset: int, values: Tensor, name: str = t.name) -> None:
                 writer.put(name, offset, values)
-                tick()
 
             def place(begin: int, end: int, dtype: torch.dtype = t.dtype) -> Tensor:
                 return job.pool.buffers.get("out", end - begin, dtype)
@@ -358,14 +367,15 @@ def _copy(job: Job, t: Planned, writer: Writer) -> None:
         writer.put(t.name, begin, source.read(begin, end, job.pool.buffers, "copy"))
 
 
-def _ticker(job: Job, writer: Writer, progress: Progress | None) -> Callable[[], None]:
+def _ticker(job: Job, progress: Progress | None) -> Callable[[], None]:
+    """Called after every read; what was read stands for what is done, since every chunk read is merged and written."""
     last = 0.0
 
     def tick() -> None:
         nonlocal last
         if progress is not None and (now := time.monotonic()) - last > 0.1:
             last = now
-            progress(min(job.files.bytes_read + writer.bytes_written, job.total_bytes), job.total_bytes, "merge")
+            progress(min(job.files.bytes_read, job.read_bytes), job.read_bytes, "merge")
 
     return tick
 

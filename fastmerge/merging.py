@@ -112,6 +112,8 @@ def merge(
     first = everything[0]
     if isinstance(first, nn.Module):
         merged = copy.deepcopy(first)
+        if dtype is not None:
+            merged = merged.to(dtype)
         merged.load_state_dict(state)
         return merged
     return state

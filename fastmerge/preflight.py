@@ -64,6 +64,15 @@ def check_names(base: Checkpoint, models: Sequence[Checkpoint], *, sliced: bool,
                     remedy="merge models of one architecture, saved the same way (adapters must be folded in first)",
                 )
             )
+        for alias, name in base.aliases.items():
+            if alias in model.resident and name in model and not torch.equal(model.resident[alias], _held(model, name)):
+                problems.append(
+                    BadInput(
+                        f"tensor {alias!r} is tied to {name!r} in {base.label}, but has values of its own here",
+                        where=model.label,
+                        remedy="untie it in the base (save a copy), or tie it in this model",
+                    )
+                )
         extra = [n for n in [*model.names(), *model.aliases] if n not in base]
         if extra and not sliced and not ignore_extra:
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
@@ -75,6 +84,10 @@ def check_names(base: Checkpoint, models: Sequence[Checkpoint], *, sliced: bool,
                 )
             )
     return problems
+
+
+def _held(model: Checkpoint, name: str) -> torch.Tensor:
+    return model.resident[model.aliases.get(name, name)]
 
 
 def plan_tensors(

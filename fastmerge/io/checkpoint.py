@@ -22,6 +22,7 @@ from .safetensors import Entry, read_header
 INDEX_FILES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
+HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -35,6 +36,7 @@ class Checkpoint:
     resident: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # tied name -> the name that holds its data
     metadata: dict[str, str] = field(default_factory=dict)
+    pickles: list[Path] = field(default_factory=list)  # the files that resident tensors came from
 
     def names(self) -> list[str]:
         """Names in checkpoint order (file order, shard by shard), tied aliases excluded."""
@@ -59,7 +61,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """Tensor files in order of first use."""
-        return list(dict.fromkeys(e.file for e in self.entries.values()))
+        return [*dict.fromkeys(e.file for e in self.entries.values()), *self.pickles]
 
     def shard_of(self, name: str) -> str | None:
         """File name of the shard that holds a tensor, None in memory."""
@@ -177,11 +179,11 @@ def _open_pickle(label: str, path: Path) -> Checkpoint:
             raise BadInput(f"the pickle holds a {type(loaded).__name__}, not a state_dict", where=str(file))
         state.update(loaded)
     out = from_state_dict(state, label)
-    out.folder = path.parent
+    out.folder, out.pickles = path.parent, files
     return out
 
 
-def _from_hub(reference: str) -> Path:
+def _from_hub(reference: str, allow_pickle: bool) -> Path:
     repo, _, revision = reference.partition("@")
     try:
         from huggingface_hub import snapshot_download
@@ -195,7 +197,7 @@ def _from_hub(reference: str) -> Path:
             snapshot_download(
                 repo,
                 revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=[*HUB_PATTERNS, *(["*.bin", "*.pt", "*.pth"] if allow_pickle else [])],
             )
         )
     except Exception as error:
@@ -219,7 +221,7 @@ def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Che
                 f"there is no folder or file {label!r}",
                 remedy="check the path (relative paths start from the current folder)",
             )
-        path = _from_hub(label)
+        path = _from_hub(label, allow_pickle)
     if path.is_file():
         if path.suffix == ".safetensors":
             return _open_files(label, path.parent, [path])

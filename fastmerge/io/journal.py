@@ -38,6 +38,13 @@ class Journal:
         journal._write({"fastmerge_journal": VERSION, "job": job})
         return journal
 
+    @staticmethod
+    def check_idle(folder: Path) -> None:
+        """Raises BadInput when another process holds the folder's journal."""
+        if (folder / NAME).exists():
+            with (folder / NAME).open("r+") as file:
+                _lock(file, folder)
+
     @classmethod
     def resume(cls, folder: Path, job: str) -> Journal:
         """Raises BadInput when the folder's journal is missing, damaged at its head, or of another job."""

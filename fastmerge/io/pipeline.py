@@ -124,6 +124,7 @@ class Files:
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
+        self.tick: Callable[[], None] | None = None  # called after every read
 
     def fd(self, path: Path) -> int:
         with self._lock:
@@ -140,6 +141,8 @@ class Files:
         pread_into(fd, bytes_of(into), position, entry.file)
         with self._lock:
             self.bytes_read += nbytes
+        if self.tick is not None:
+            self.tick()
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -88,6 +88,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(header, dict):
         raise _bad(file, "the header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise _bad(file, "__metadata__ is not a JSON object")
     entries: dict[str, Entry] = {}
     data = size - 8 - length
     for name, value in header.items():

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import BadInput
-from .journal import Journal
+from .journal import NAME, Journal
 from .safetensors import build_header, bytes_of
 
 SIDE_FILES = (
@@ -104,7 +104,7 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.fastmerge"
 
 
-def check_target(out: Path, layout_bytes: int, *, force: bool, resume: bool) -> None:
+def check_target(out: Path, layout_bytes: int, *, force: bool, resume: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse, before anything is written, an output that is in use or a disk without room."""
     if out.exists() and not out.is_dir():
         raise BadInput("the output path is a file", where=str(out), remedy="give a folder that does not exist yet")
@@ -112,6 +112,9 @@ def check_target(out: Path, layout_bytes: int, *, force: bool, resume: bool) -> 
         raise BadInput(
             "the output folder is not empty", where=str(out), remedy="give another folder, or --force to replace it"
         )
+    for folder in inputs:
+        if out.resolve() == folder.resolve():
+            raise BadInput("the output folder is one of the inputs", where=str(out), remedy="give another folder")
     work = work_folder(out)
     if work.exists() and not (resume or force):
         raise BadInput(
@@ -151,6 +154,7 @@ class Writer:
             journal = Journal.resume(work, job)
         else:
             if work.exists() and force:
+                Journal.check_idle(work)
                 shutil.rmtree(work)
             work.mkdir(parents=True)
             journal = Journal.create(work, job)
@@ -165,11 +169,10 @@ class Writer:
                 os.close(fd)
             journal.close()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                shutil.rmtree(work, ignore_errors=True)
+                if not resume:
+                    shutil.rmtree(work, ignore_errors=True)
                 raise BadInput(
-                    "the disk is full",
-                    where=str(work),
-                    remedy="free some space or write to another disk; nothing was kept",
+                    "the disk is full", where=str(work), remedy="free some space or write to another disk"
                 ) from error
             raise
         writer = cls(out, layout, journal, fds)
@@ -227,15 +230,17 @@ class Writer:
             (self.work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, raw in side_files.items():
             (self.work / name).write_bytes(raw)
-        for fd in self._fds.values():
-            os.fsync(fd)
+        for path in self.work.iterdir():
+            _sync(path)
         self.close()
-        (self.work / "journal.jsonl").unlink()
         old = self.out.parent / f".{self.out.name}.fastmerge-old"
         if self.out.exists() and force:
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
         os.rename(self.work, self.out)
+        # The journal goes last: until the rename the folder could still be resumed.
+        (self.out / NAME).unlink()
+        _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
@@ -243,6 +248,14 @@ class Writer:
             os.close(fd)
         self._fds.clear()
         self.journal.close()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -249,7 +249,77 @@ def test_killed_process_can_be_resumed(tmp_path):
     ).read_bytes()
 
 
+def test_resume_refuses_models_in_another_order(tmp_path, family, monkeypatch):
+    from fastmerge.io.writer import Writer
+
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "finish", interrupted)
+    with pytest.raises(Interrupted):
+        run(recipe(tmp_path, "task_arithmetic", family), tmp_path / "out")
+    monkeypatch.undo()
+    swapped = [family[0], family[2], family[1], family[3]]
+    with pytest.raises(BadInput, match="was a different one"):
+        run(recipe(tmp_path, "task_arithmetic", swapped), tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_can_not_be_an_input(tmp_path, family):
+    with pytest.raises(BadInput, match="one of the inputs"):
+        run(recipe(tmp_path, "linear", family, base=False), family[1], force=True)
+    assert load(family[1])
+
+
+def test_a_wrong_recipe_found_by_the_fit_pass_leaves_nothing(tmp_path, family):
+    path = recipe(
+        tmp_path,
+        "ties",
+        family,
+        parameters={"scope": "model", "density": [{"filter": "mlp", "value": 0.5}, {"value": 0.2}]},
+    )
+    refused(tmp_path, path, "same for every tensor")
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_hub_ids_are_fetched_and_failures_named(tmp_path, family, monkeypatch):
+    import types
+
+    asked = {}
+
+    def snapshot_download(repo, revision=None, allow_patterns=None):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        if repo != "org/name":
+            raise OSError("404")
+        return str(family[1])
+
+    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    state = merge("passthrough", None, ["org/name"])
+    assert asked["repo"] == "org/name"
+    assert "*.safetensors" in asked["patterns"]
+    assert_same_bits(state["model.norm.weight"], load(family[1])["model.norm.weight"])
+    with pytest.raises(BadInput, match="could not be fetched"):
+        merge("passthrough", None, ["org/gone"])
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(BadInput, match="hub ids need huggingface_hub"):
+        merge("passthrough", None, ["org/name"])
+
+
 # ---- from Python
+
+
+def test_modules_take_the_asked_dtype():
+    merged = merge("linear", None, [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)], weight=1.0, dtype=torch.bfloat16)
+    assert merged.weight.dtype == torch.bfloat16
+
+
+def test_a_tie_that_a_model_broke_is_named():
+    base = tiny_state(0)
+    base["lm_head.weight"] = base["model.embed_tokens.weight"]
+    untied = near(base, 1)
+    with pytest.raises(BadInput, match=r"'lm_head\.weight' is tied to"):
+        merge("task_arithmetic", base, [untied], weight=1.0)
 
 
 def test_state_dicts_modules_and_paths_agree(tmp_path, family):
