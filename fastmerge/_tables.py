@@ -57,7 +57,8 @@ def plan(recipe: Recipe, report: Report, out: Path | None) -> None:
         "method": f"{report.method}: {recipe.method.summary}",
         "base": report.base,
         "out": out,
-        "device": report.device,
+        "device": ", ".join(f"{name} on {where}" for name, where in report.where.items()) or report.device,
+        **({"why": estimate["device_why"]} if "device_why" in estimate else {}),
     }
     console.print(_rows("plan", {**parts, "stored dtype": recipe.stored_dtype or "as in the base"}))
     models = _table("model", "weight and other per-model parameters")
@@ -81,6 +82,12 @@ def plan(recipe: Recipe, report: Report, out: Path | None) -> None:
         "disk": f"{gigabytes(estimate['bytes_out'])} written, at most {gigabytes(estimate['bytes_moved'])} read and written in all",
         "workers": report.workers,
     }
+    if "vram_bytes" in estimate:
+        chunk, slots = estimate["device_chunk_elements"][0], estimate["device_slots"][0]
+        cost["GPU memory"] = (
+            f"{', '.join(gigabytes(n) for n in estimate['vram_bytes'])}: {slots} buffers of {chunk} elements; "
+            f"as much pinned host memory without the workspace ({gigabytes(sum(estimate['pinned_bytes']))})"
+        )
     if "seconds" in estimate:
         cost["time"] = f"at least {estimate['seconds']:.1f} s: {estimate['seconds_how']}"
     console.print(_rows("cost", cost))
@@ -95,6 +102,7 @@ def summary(report: Report) -> None:
         "written": report.out,
         "method": report.method,
         "tensors": len(report.tensors),
+        "device": report.device,
         "wall": f"{report.wall_s:.2f} s ({moved / 1e9 / max(report.wall_s, 1e-9):.2f} GB/s read and written)",
         "cpu": f"{report.cpu_s:.2f} s",
         "peak memory": gigabytes(report.peak_rss),

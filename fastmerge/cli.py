@@ -51,7 +51,8 @@ OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; i
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
-Device = Annotated[str, typer.Option(help="auto or cpu.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0 or cuda:all. auto takes a GPU where it is faster.")]
+MaxVram = Annotated[str | None, typer.Option(metavar="SIZE", help="Bound per GPU. [default: 80 % of what is free]")]
 Threads = Annotated[int | None, typer.Option("--threads", "-j", min=1, help="Workers. [default: every usable CPU]")]
 MaxMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Bound on buffers: 4G, 900M. [default: small]")]
 Pickles = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin/.pt files (weights only).")]
@@ -85,6 +86,7 @@ def merge(
     device: Device = "auto",
     threads: Threads = None,
     max_memory: MaxMemory = None,
+    max_vram: MaxVram = None,
     shard_size: ShardSize = None,
     nan: Nan = NanPolicy.error,
     allow_pickle: Pickles = False,
@@ -96,8 +98,8 @@ def merge(
     """Merge the models of a recipe into a new checkpoint folder."""
     options = {
         "resume": resume, "force": force, "device": device, "threads": threads, "nan": nan.value,
-        "max_memory": parse_size(max_memory), "max_shard_bytes": parse_size(shard_size), "allow_pickle": allow_pickle,
-        "ignore_extra": ignore_extra,
+        "max_memory": parse_size(max_memory), "max_vram": parse_size(max_vram), "allow_pickle": allow_pickle,
+        "max_shard_bytes": parse_size(shard_size), "ignore_extra": ignore_extra,
     }  # fmt: skip
     with failing_politely(debug=debug, json=json):
         _merge(recipe, out, options, dry_run=dry_run, json=json, quiet=quiet)
@@ -242,9 +244,9 @@ _IGNORED = {
     "low_cpu_memory": "--low-cpu-memory: memory is bounded anyway",
     "lazy_unpickle": "--lazy-unpickle: reading is lazy anyway (pickles need --allow-pickle)",
     "read_to_gpu": "--read-to-gpu: the engine decides where to read",
-    "multi_gpu": "--multi-gpu: the engine decides where to compute",
+    "multi_gpu": "--multi-gpu: use --device cuda:all",
     "gpu_rich": "--gpu-rich: the engine decides where to compute",
-    "cuda": "--cuda: the device is chosen automatically",
+    "cuda": "--cuda: the GPU is taken where it is faster (--device cuda insists)",
     "async_write": "--async-write: writing overlaps with reading and computing anyway",
     "write_threads": "--write-threads: use --num-threads",
     "clone_tensors": "--clone-tensors: tied tensors need no copies",
@@ -300,8 +302,6 @@ def mergekit_yaml(
                 "--unsafe-truncate-embeddings is not supported", remedy="bring the models to one vocabulary first"
             )
         notes = [sentence for flag, sentence in _IGNORED.items() if given[flag]]
-        if device not in (None, "auto", "cpu"):
-            notes.append(f"--device {device}: the device is chosen automatically")
         if not copy_tokenizer:
             notes.append("--no-copy-tokenizer: the base's tokenizer files are always copied")
         if not write_model_card:
@@ -314,7 +314,7 @@ def mergekit_yaml(
 
             os.environ["HF_HUB_CACHE"] = str(transformers_cache)
         options = {
-            "resume": resume, "force": force, "device": "cpu" if device == "cpu" else "auto", "threads": num_threads,
+            "resume": resume, "force": force, "device": device or "auto", "threads": num_threads,
             "nan": nan.value, "max_memory": parse_size(max_memory), "max_shard_bytes": parse_size(out_shard_size),
             "allow_pickle": allow_pickle,
         }  # fmt: skip

@@ -6,7 +6,6 @@ fit, scan and apply (see :mod:`fastmerge.methods._method`) chunk by chunk, into 
 
 from __future__ import annotations
 
-import copy
 import errno
 import threading
 import time
@@ -21,149 +20,22 @@ from . import _native
 from ._dispatch import record_backends
 from ._recipe_resolve import describe_parameters
 from .card import output_files
+from .device import Budget, Choice, Fleet, Stage
+from .device.choose import parse as parse_device
 from .errors import BadInput, Interrupted
 from .io.checkpoint import Checkpoint, open_checkpoint
 from .io.journal import fingerprint
-from .io.pipeline import Files, Pool, Stream, chunk_elements, opened
+from .io.pipeline import Files, Pool, opened
 from .io.probe import io_seconds
 from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
-from .methods import Context, Method
-from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
+from .job import Job
+from .methods import Method
+from .preflight import Planned, raise_all
 from .recipe import Recipe
 from .report import Clock, Report, TensorReport, peak_rss
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_SHARD = 5_000_000_000  # bytes, as Hugging Face
-NAN_POLICIES = ("error", "warn", "allow")
-
-
-class Job:
-    """One merge: planned tensors, a method, and the passes over them. Knows nothing of where results go."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        method: Method,
-        template: Checkpoint,
-        base: Checkpoint | None,
-        models: Sequence[Checkpoint],
-        pool: Pool,
-        files: Files,
-        *,
-        nan: str = "error",
-        max_memory: int | None = None,
-        ignore_extra: bool = False,
-    ) -> None:
-        if nan not in NAN_POLICIES:
-            raise BadInput(f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}")
-        self.recipe, self.method, self.template, self.models = recipe, method, template, list(models)
-        self.pool, self.files, self.nan = pool, files, nan
-        self.nonfinite: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self.planned: list[Planned] = []
-        problems = check_names(template, models, sliced=recipe.compiled.sliced, ignore_extra=ignore_extra)
-        if not problems:
-            self.planned, problems = plan_tensors(recipe, template, base, models, files)
-        if not problems:
-            problems = [p for t in self.planned if t.copied and (p := check_equal(t)) is not None]
-        raise_all(problems, "the inputs")
-        merged = [t for t in self.planned if not t.copied]
-        widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
-        try:
-            self.chunk = chunk_elements(len(models) + 2, max(widest, 4), pool.workers, max_memory)
-        except ValueError as error:
-            raise BadInput(
-                f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
-            ) from error
-        passes = 1 + (method.scan_pass is not None) + (method.fit_pass is not None)
-        self.input_bytes = sum(s.nbytes for t in merged for s in [*t.models, *([t.base] if t.base else [])])
-        # an upper bound: a fit pass reads nothing for parameters that need no fit
-        self.read_bytes = passes * self.input_bytes
-        self.total_bytes = self.read_bytes + sum(t.numel * t.dtype.itemsize for t in merged)
-
-    def stream(
-        self,
-        tensor: Planned,
-        put: Callable[[int, Tensor], None],
-        place: Callable[[int, int], Tensor] | None = None,
-        *,
-        check: bool,
-    ) -> Stream:
-        def inspect(label: str, offset: int, chunk: Tensor) -> None:
-            count = _count_nonfinite(chunk)
-            if count:
-                self._found_nonfinite(label, tensor.name, offset, chunk, count)
-
-        return Stream(
-            tensor.name, tensor.base, tensor.models,
-            parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start,
-            seed=self.recipe.seed, chunk=self.chunk, pool=self.pool,
-            put=put, place=place, inspect=inspect if check and self.nan != "allow" else None,
-        )  # fmt: skip
-
-    def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
-        key = f"{label}: {name}"
-        with self._lock:
-            self.nonfinite[key] = self.nonfinite.get(key, 0) + count
-        if self.nan == "error":
-            first = offset + int((~torch.isfinite(chunk.reshape(-1))).nonzero()[0])
-            raise BadInput(
-                f"tensor {name!r} has NaN or Inf (first at flat index {first})",
-                where=label,
-                remedy="repair the model, or go on with --resume --nan warn (NaN then follows IEEE arithmetic)",
-            )
-
-    def fit(self) -> Any:
-        """The method's pass over all tensors, or None."""
-        if self.method.fit_pass is None:
-            return None
-        streams = (self.stream(t, _nowhere, check=False) for t in self.planned if not t.copied)
-        return self.method.fit_pass(streams, self.recipe.seed)
-
-    def apply(
-        self, tensor: Planned, plan: Any, put: Callable[[int, Tensor], None], place: Callable[[int, int], Tensor]
-    ) -> None:
-        """Merge one tensor: scan it if the method asks for it, then apply chunk by chunk or whole.
-
-        place(begin, end) gives the buffer a chunk's result may be written to; put(begin, values) stores it.
-        """
-        stream = self.stream(tensor, put, place, check=True)
-        method, parameters = self.method, tensor.plan.parameters
-        context = Context(
-            name=tensor.name,
-            shape=tensor.reference.shape,
-            start=tensor.start,
-            seed=self.recipe.seed,
-            dtype=tensor.dtype,
-            plan=plan,
-        )
-        if stream.numel == 0:
-            return
-        if method.scan_pass is not None:
-            context.state = method.scan_pass(stream, plan)
-        if method.grain == "stream":
-            method.function(stream, context=context, **method.arguments(parameters))
-        elif method.grain == "element":
-
-            def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-                here = copy.copy(context)
-                here.offset, here.out = offset, place(offset, offset + models[0].numel())
-                stream.put(offset, method(base, models, here, parameters).reshape(-1))
-
-            stream.for_each(visit)
-        else:
-            base, models = stream.whole()
-            stream.emit(method(base, models, context, parameters))
-
-
-def _nowhere(offset: int, values: Tensor) -> None:
-    raise RuntimeError("a fit or scan pass can not emit results")
-
-
-def _count_nonfinite(chunk: Tensor) -> int:
-    if chunk.device.type == "cpu" and chunk.is_contiguous() and _native.why_not() is None:
-        return int(_native.lib().count_nonfinite(chunk.data_ptr(), _native.DTYPES[chunk.dtype], chunk.numel()))
-    return int((~torch.isfinite(chunk)).sum())
 
 
 def _open(recipe: Recipe, method: Method, allow_pickle: bool) -> tuple[Checkpoint, Checkpoint | None, list[Checkpoint]]:
@@ -213,6 +85,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     max_memory: int | None = None,
+    max_vram: int | None = None,
     max_shard_bytes: int | None = None,
     threads: int | None = None,
     nan: str = "error",
@@ -225,10 +98,11 @@ def run(
 
     Args:
         recipe: a Recipe, or the path of a (mergekit-style) YAML file.
-        device: "auto" or "cpu".
+        device: "auto" | "cpu" | "cuda" | "cuda:i" | "cuda:all". auto takes the first GPU where a model of bytes and
+            bandwidths says that the job is faster there; the report says which, and why.
         resume: finish an interrupted job for `out`; the bytes are those of an uninterrupted one.
         force: replace a non-empty `out`, or start an interrupted job over.
-        max_memory: bytes for buffers.
+        max_memory: bytes for buffers in host memory. max_vram: bytes on each GPU; default 80 % of what is free.
         max_shard_bytes: split the output so; default: as the base is split.
         threads: workers; default: the CPUs this process may use.
         nan: what NaN or Inf in an input does: "error" | "warn" (counted in the report) | "allow" (not looked for).
@@ -241,8 +115,7 @@ def run(
     Memory: threads x (models + 2) x chunk for element-wise and threshold methods, whatever the tensors' size; one
         tensor in float32 and its transform for whole-tensor methods.
     """
-    if device not in ("auto", "cpu"):
-        raise BadInput(f"device {device!r} is not available", remedy="auto or cpu")
+    parse_device(device)
     clock = Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     method: Method = recipe.method
@@ -273,15 +146,17 @@ def run(
             max_memory=max_memory,
             ignore_extra=ignore_extra,
         )
+        choice = job.choose(device)
+        budgets = job.budgets(choice, max_vram, max_memory)
         layout = _layout(job, max_shard_bytes)
         if out is not None:
             check_target(out, layout.total_bytes, force=force, resume=resume, inputs=_folders([template, *models]))
         report = Report(
             method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None,
             str(out) if out is not None else None,
-            workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
+            device=choice.name, where=choice.where(method), workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
         )  # fmt: skip
-        report.estimate = _estimate(job, layout, workers)
+        report.estimate = _estimate(job, layout, workers) | _device_estimate(choice, budgets)
         report.parameters = describe_parameters(method, [t.plan for t in job.planned if not t.copied], len(models))
         if dry_run or out is None:
             report.planned = True
@@ -308,7 +183,8 @@ def run(
         plan = job.fit()
         writer = Writer.start(out, layout, _identity(job, recipe, layout), resume=resume, force=force)
         try:
-            _fill(job, writer, plan, report)
+            fleet = Fleet([Stage(*both) for both in zip(choice.devices, budgets, strict=True)], pool)
+            _fill(job, writer, plan, report, fleet)
             _finish_report(report, clock, files, writer, backends, job)
             writer.publish(_small_files(job, report), force=force)
         except KeyboardInterrupt:
@@ -334,30 +210,71 @@ def _folders(checkpoints: Sequence[Checkpoint]) -> list[Path]:
     return [c.folder for c in checkpoints if c.folder is not None]
 
 
-def _fill(job: Job, writer: Writer, plan: Any, report: Report) -> None:
+def _fill(job: Job, writer: Writer, plan: Any, report: Report, fleet: Fleet) -> None:
     finished = writer.finished
-    for t in job.planned:
-        clock, read, wrote = Clock(), job.files.bytes_read, writer.bytes_written
-        how = "resumed" if t.name in finished else "copied" if t.copied else "merged"
-        if how == "copied":
-            _copy(job, t, writer)
-        elif how == "merged":
+    rows: dict[str, TensorReport] = {}
+    one = threading.Lock()
 
-            def put(offset: int, values: Tensor, name: str = t.name) -> None:
-                writer.put(name, offset, values)
-
-            def place(begin: int, end: int, dtype: torch.dtype = t.dtype) -> Tensor:
-                return job.pool.buffers.get("out", end - begin, dtype)
-
-            job.apply(t, plan, put, place)
+    def done(t: Planned, how: str, clock: Clock, read: int, wrote: int) -> None:
         if how != "resumed":
-            writer.finish(t.name)
-        report.tensors.append(
-            TensorReport(
-                t.name, tuple(t.reference.shape), str(t.dtype).removeprefix("torch."), how, round(clock.wall(), 6),
-                job.files.bytes_read - read, writer.bytes_written - wrote,
-            )
+            with one:
+                writer.finish(t.name)
+        dtype = str(t.dtype).removeprefix("torch.")
+        rows[t.name] = TensorReport(
+            t.name, tuple(t.reference.shape), dtype, how, round(clock.wall(), 6), read, wrote
         )  # fmt: skip
+
+    def merge(t: Planned) -> None:
+        clock, read, wrote = Clock(), job.files.bytes_read, writer.bytes_written
+
+        def put(offset: int, values: Tensor) -> None:
+            writer.put(t.name, offset, values)
+
+        job.apply(t, plan, put, lambda begin, end: job.pool.buffers.get("out", end - begin, t.dtype))
+        done(t, "merged", clock, job.files.bytes_read - read, writer.bytes_written - wrote)
+
+    def merge_there(t: Planned, stage: Stage, pool: Pool) -> None:
+        """Results come later than apply() returns, beside other tensors': the last one finishes the tensor."""
+        clock, left, lock = Clock(), t.numel, threading.Lock()
+
+        def put(offset: int, values: Tensor) -> None:
+            nonlocal left
+            writer.put(t.name, offset, values)
+            with lock:
+                left -= values.numel()
+                last = left == 0
+            if last:
+                done(t, "merged", clock, job.bytes_of(t), t.numel * t.dtype.itemsize)
+
+        job.apply(t, plan, put, lambda begin, end: pool.buffers.get("out", end - begin, t.dtype), stage, pool)
+        if t.numel == 0:
+            done(t, "merged", clock, 0, 0)
+
+    on_device: list[Planned] = []
+    for t in job.planned:
+        clock = Clock()
+        if t.name in finished:
+            done(t, "resumed", clock, 0, 0)
+        elif t.copied:
+            read, wrote = job.files.bytes_read, writer.bytes_written
+            _copy(job, t, writer)
+            done(t, "copied", clock, job.files.bytes_read - read, writer.bytes_written - wrote)
+        elif fleet.stages:
+            on_device.append(t)
+        else:
+            merge(t)
+    if on_device:
+        fleet.each(on_device, lambda t: t.numel, merge_there)
+        for t in on_device:
+            if t.name not in rows:
+                writer.finish(t.name)  # says which bytes are missing
+    report.tensors += [rows[t.name] for t in job.planned]
+    report.device_bytes = [
+        {"device": s.device.name, "up": s.bytes_up, "down": s.bytes_down} for s in fleet.stages
+    ]  # fmt: skip
+    for stage in fleet.stages:
+        for name, need in stage.left_out.items():
+            report.notes.append(f"{name} was merged on the CPU: it would take {need} bytes on {stage.device.name}")
 
 
 def _copy(job: Job, t: Planned, writer: Writer) -> None:
@@ -365,6 +282,15 @@ def _copy(job: Job, t: Planned, writer: Writer) -> None:
     for begin in range(0, t.numel, step):
         end = min(begin + step, t.numel)
         writer.put(t.name, begin, source.read(begin, end, job.pool.buffers, "copy"))
+
+
+def _device_estimate(choice: Choice, budgets: Sequence[Budget]) -> dict[str, Any]:
+    """Why this device, and what it will hold."""
+    if not choice.why:
+        return {}
+    held = {"vram_bytes": [b.device_bytes for b in budgets], "pinned_bytes": [b.pinned_bytes for b in budgets]}
+    chunks = {"device_chunk_elements": [b.chunk for b in budgets], "device_slots": [b.slots for b in budgets]}
+    return {"device_why": choice.why, "device_model": choice.model} | (held | chunks if budgets else {})
 
 
 def _ticker(job: Job, progress: Progress | None) -> Callable[[], None]:

@@ -10,11 +10,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .engine import Job, run
+from .device import Fleet, Stage
+from .device.choose import parse
+from .engine import run
 from .errors import BadInput
 from .io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
-from .io.pipeline import opened
+from .io.pipeline import Pool, opened
+from .job import Job
 from .methods import Method
+from .preflight import Planned
 from .recipe import Recipe
 from .report import Report
 
@@ -61,6 +65,8 @@ def merge(
     *,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     nan: str = "error",
     seed: int = 0,
     allow_pickle: bool = False,
@@ -75,6 +81,9 @@ def merge(
         models: state dicts, modules or checkpoint paths, in the order that per-model parameters refer to.
         out: a folder to write to; then base and models must be paths, and a Report is returned.
         dtype: of the merged tensors; default: each tensor's dtype in the base (else in the first model).
+        device: "auto" | "cpu" | "cuda" | "cuda:i" | "cuda:all", where models in host memory and on disk are merged, as
+            for :func:`fastmerge.run`; models that are on a GPU already are merged there, with "auto".
+        max_vram: bytes on each GPU; default 80 % of what is free.
         nan: "error" | "warn" | "allow": what NaN or Inf in an input does.
         parameters: the method's, by recipe name (``lambda`` is spelled ``lambda_``); a per-model parameter takes a
             number or a list of one per model.
@@ -102,13 +111,23 @@ def merge(
             out_dtype=stored,
             seed=seed,
         )
-        return run(recipe, out, nan=nan, allow_pickle=allow_pickle, ignore_extra=ignore_extra)
+        return run(
+            recipe,
+            out,
+            device=device,
+            max_vram=max_vram,
+            nan=nan,
+            allow_pickle=allow_pickle,
+            ignore_extra=ignore_extra,
+        )
     labels = [str(m) if _is_path(m) else f"models[{i}]" for i, m in enumerate(models)]
     base_label = None if base is None else str(base) if _is_path(base) else "base"
     recipe = Recipe.from_call(method, base_label, labels, parameters, out_dtype=stored, seed=seed)
     checkpoints = [_checkpoint(m, label, allow_pickle) for m, label in zip(models, labels, strict=True)]
     reference = checkpoints[0] if base is None else _checkpoint(base, base_label or "base", allow_pickle)
-    state = merge_checkpoints(recipe, reference, checkpoints, nan=nan, ignore_extra=ignore_extra)
+    state = merge_checkpoints(
+        recipe, reference, checkpoints, device=device, max_vram=max_vram, nan=nan, ignore_extra=ignore_extra
+    )
     first = everything[0]
     if isinstance(first, nn.Module):
         merged = copy.deepcopy(first)
@@ -124,6 +143,8 @@ def merge_checkpoints(
     template: Checkpoint,
     models: Sequence[Checkpoint],
     *,
+    device: str = "auto",
+    max_vram: int | None = None,
     nan: str = "error",
     ignore_extra: bool = False,
 ) -> dict[str, Tensor]:
@@ -135,20 +156,42 @@ def merge_checkpoints(
     base = template if recipe.base_model is not None and method.base != "ignored" else None
     with opened(1, in_memory=True) as (pool, files), torch.no_grad():
         job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
+        fleet = _fleet(job, device, max_vram)
         plan = job.fit()
         state: dict[str, Tensor] = {}
         for t in job.planned:
-            device = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
-            result = torch.empty(t.reference.shape, dtype=t.dtype, device=device)
+            where = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
+            state[t.name] = result = torch.empty(t.reference.shape, dtype=t.dtype, device=where)
             if t.copied:
                 result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
-            else:
+            elif not fleet.stages:
                 place, put = _into(result.view(-1))
                 job.apply(t, plan, put, place)
-            state[t.name] = result
+
+        def merge_there(t: Planned, stage: Stage, its_pool: Pool) -> None:
+            place, put = _into(state[t.name].view(-1))
+            job.apply(t, plan, put, place, stage, its_pool)
+
+        if fleet.stages:
+            fleet.each([t for t in job.planned if not t.copied], lambda t: t.numel, merge_there)
     for alias, name in template.aliases.items():
         state[alias] = state[name]
     return state
+
+
+def _fleet(job: Job, device: str, max_vram: int | None) -> Fleet:
+    """The stages for models in host memory and on disk; none where tensors are on a GPU and stay there."""
+    there = {str(t.device) for m in [job.template, *job.models] for t in m.resident.values() if t.device.type != "cpu"}
+    if there:
+        if parse(device) != "auto":
+            raise BadInput(
+                f"device {device!r} is asked for, but tensors are on {', '.join(sorted(there))}",
+                remedy="device='auto' merges them where they are; or move them to the CPU first",
+            )
+        return Fleet([], job.pool)
+    choice = job.choose(device)
+    budgets = job.budgets(choice, max_vram, None)
+    return Fleet([Stage(*both) for both in zip(choice.devices, budgets, strict=True)], job.pool)
 
 
 def _into(flat: Tensor) -> tuple[Callable[[int, int], Tensor], Callable[[int, Tensor], None]]:

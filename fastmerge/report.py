@@ -35,7 +35,9 @@ class Report:
     models: list[str]
     base: str | None
     out: str | None
-    device: str = "cpu"
+    device: str = "cpu"  # that merges; `where` has it by pass
+    where: dict[str, str] = field(default_factory=dict)
+    device_bytes: list[dict[str, Any]] = field(default_factory=list)  # copied to and from each GPU
     workers: int = 1
     chunk_elements: int = 0
     wall_s: float = 0.0

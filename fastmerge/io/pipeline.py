@@ -33,6 +33,7 @@ CHUNK = 4 * BLOCK  # elements of one stream per worker, before memory limits
 AHEAD = 8 << 20  # bytes the kernel is told to read ahead of a chunk
 
 Visit = Callable[[int, Tensor | None, list[Tensor]], None]
+Merge = Callable[[int, Tensor | None, list[Tensor], Tensor | None], Tensor]  # (offset, base, models, out) -> values
 
 
 class Buffers:
@@ -164,10 +165,17 @@ class Source:
     def read(self, begin: int, end: int, buffers: Buffers, key: str) -> Tensor:
         if self.tensor is not None:
             return self.tensor.reshape(-1)[begin:end]
-        assert self.entry is not None
         into = buffers.get(key, end - begin, self.dtype)
-        self.files.load(self.entry, begin, end, into)
+        self.read_into(begin, end, into)
         return into
+
+    def read_into(self, begin: int, end: int, into: Tensor) -> None:
+        """Elements [begin, end) into a flat buffer of the source's dtype."""
+        if self.tensor is not None:
+            into.copy_(self.tensor.reshape(-1)[begin:end])
+            return
+        assert self.entry is not None
+        self.files.load(self.entry, begin, end, into)
 
 
 class Stream:
@@ -237,6 +245,48 @@ class Stream:
         self.pool.each(len(pieces), task)
         self._inspected = True
 
+    def merge_each(self, visit: Merge, align: int = 1) -> None:
+        """Store visit(offset, base, models, out) for every chunk: chunks as `for_each` gives them.
+
+        `out`, if any, is a flat buffer of the output's dtype that the values may be written to.
+        """
+
+        def task(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+            out = self.place(offset, offset + models[0].numel())
+            self.put(offset, visit(offset, base, models, out).reshape(-1))
+
+        self.for_each(task, align)
+
+    def collect(
+        self,
+        key: str,
+        visit: Merge,
+        dtype: torch.dtype = torch.float32,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """visit(offset, base, models, out) of every chunk, in one tensor of this one's shape, which `then` may change.
+
+        `out` is the chunk's place in it. Lives until the next call with this key.
+        """
+        whole = self.buffer(key, dtype)
+        flat = whole.view(-1)
+
+        def task(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+            here = flat[offset : offset + models[0].numel()]
+            values = visit(offset, base, models, here).reshape(-1)
+            if values.data_ptr() != here.data_ptr():
+                here.copy_(values)
+
+        self.for_each(task)
+        if then is not None:
+            then(whole)
+        return whole
+
+    def _origin(self) -> Source:
+        if self.base is None:
+            raise ValueError(f"{self.name}: there is no base to add")
+        return self.base
+
     def _show(
         self, show: Callable[[str, int, Tensor], None], offset: int, base: Tensor | None, models: list[Tensor]
     ) -> None:
@@ -290,9 +340,7 @@ class Stream:
             pieces = list(self.chunks())
             self.pool.each(len(pieces), lambda i: self.put(pieces[i][0], flat[slice(*pieces[i])]))
             return
-        if self.base is None:
-            raise ValueError(f"{self.name}: there is no base to add")
-        source = self.base
+        source = self._origin()
         pieces = list(self.chunks())
 
         def task(i: int) -> None:

@@ -155,8 +155,30 @@ class TensorStream(Protocol):
         """
         ...
 
+    def merge_each(
+        self, visit: Callable[[int, Tensor | None, list[Tensor], Tensor | None], Tensor], align: int = 1
+    ) -> None:
+        """Store visit(offset, base, models, out) for every chunk, perhaps on a GPU, perhaps later than this returns.
+
+        Chunks begin at multiples of `align`; `out`, if any, is a flat buffer of `out_dtype` the values may be written to.
+        """
+        ...
+
+    def collect(
+        self,
+        key: str,
+        visit: Callable[[int, Tensor | None, list[Tensor], Tensor | None], Tensor],
+        dtype: torch.dtype = torch.float32,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """visit(offset, base, models, out) of every chunk as one tensor of this one's shape, which `then` may change.
+
+        It may be on a GPU, and only `then` and :meth:`emit` may touch it.
+        """
+        ...
+
     def whole(self) -> tuple[Tensor | None, list[Tensor]]:
-        """Everything, in the tensor's shape: O(tensor) memory."""
+        """Everything, in the tensor's shape, on the CPU unless it is resident elsewhere: O(tensor) memory."""
         ...
 
     def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:

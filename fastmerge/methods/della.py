@@ -31,15 +31,15 @@ def _merge(tensor: TensorStream, context: Context, elect: Literal["sum"] | None,
         )
         factors = sums.finish()
 
-    def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+    def merge(offset: int, base: Tensor | None, models: list[Tensor], out: Tensor | None) -> Tensor:
         merged: Tensor = ops.consensus_merge(
             _rows(base, row), [m.view(-1, row) for m in models], p["weight"],
             elect=elect, normalize=p["normalize"], factors=factors, scale=p["lambda_"], offset=offset, dtype=context.dtype,
             rescale="density" if p["rescale"] and p["rescale_norm"] == "density" else None, **trim,
         )  # fmt: skip
-        tensor.put(offset, merged.reshape(-1))
+        return merged
 
-    tensor.for_each(visit, align=row)
+    tensor.merge_each(merge, align=row)
 
 
 def _rows(base: Tensor | None, row: int) -> Tensor:

@@ -60,7 +60,7 @@ def fr(
     """
     rule = resolve(tensor.parameters)
     if not rule.takes(tensor.name, tensor.shape):
-        tensor.for_each(lambda offset, base, models: tensor.put(offset, _given(base)))
+        tensor.merge_each(lambda offset, base, models, out: _given(base))
         return
     filtered = rule.filters(tensor.name, tensor.shape)
     if not rule.linear:
@@ -69,22 +69,16 @@ def fr(
     means = context.state if rule.scope == "tensor" else context.plan.means if context.plan is not None else None
     weights = coefficients(rule, _lambdas(lambda_, rule, tensor.count), means, tensor.count)
     if not filtered:
-
-        def merge(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-            out = tensor.place(offset, offset + models[0].numel())
-            tensor.put(offset, ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out))
-
-        tensor.for_each(merge)
+        tensor.merge_each(
+            lambda offset, base, models, out: ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out)
+        )
         return
-    delta = tensor.buffer("delta", _compute_dtype(tensor))
-    flat = delta.view(-1)
-
-    def add_up(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-        here = flat[offset : offset + models[0].numel()]
-        ops.weighted_sum(base, models, weights, add_base=False, out=here)
-
-    tensor.for_each(add_up)
-    _filter(delta, rule)
+    delta = tensor.collect(
+        "delta",
+        lambda offset, base, models, out: ops.weighted_sum(base, models, weights, add_base=False, out=out),
+        _compute_dtype(tensor),
+        then=lambda whole: _filter(whole, rule),
+    )
     tensor.emit(delta, add_base=True)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import ops
 from ._gram import model_stock_ratio, stream_gram
@@ -17,11 +16,11 @@ def model_stock(tensor: TensorStream, *, filter_wise: bool = False, context: Con
     share = [1.0 / tensor.count] * tensor.count
     if not filter_wise or len(tensor.shape) < 2:
         ratio = model_stock_ratio(stream_gram(tensor, deltas=True))
-
-        def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-            tensor.put(offset, ops.weighted_sum(base, models, share, scale=ratio, dtype=context.dtype))
-
-        tensor.for_each(visit)
+        tensor.merge_each(
+            lambda offset, base, models, out: ops.weighted_sum(
+                base, models, share, scale=ratio, dtype=context.dtype, out=out
+            )
+        )
         return
     base, models = tensor.whole()
     assert base is not None

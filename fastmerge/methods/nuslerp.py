@@ -27,11 +27,9 @@ def nuslerp(
     t = 0.5 if abs(total) < 1e-6 else second / total
     if nuslerp_flatten or len(tensor.shape) < 2:
         coefficients = nuslerp_coefficients(stream_gram(tensor, deltas=tensor.has_base), t)
-
-        def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-            tensor.put(offset, ops.weighted_sum(base, models, coefficients, dtype=context.dtype))
-
-        tensor.for_each(visit)
+        tensor.merge_each(
+            lambda offset, base, models, out: ops.weighted_sum(base, models, coefficients, dtype=context.dtype, out=out)
+        )
         return
     base, models = tensor.whole()
     wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32

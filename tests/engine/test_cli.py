@@ -110,7 +110,20 @@ def test_options_reach_the_engine(models, monkeypatch):
         raise Interrupted("stopped", where="work", remedy="resume")
 
     monkeypatch.setattr("fastmerge.engine.run", run)
-    arguments = ["--resume", "--force", "--threads", 3, "--max-memory", "1.5G", "--shard-size", "2MiB", "--nan", "warn"]
+    arguments = [
+        "--resume",
+        "--force",
+        "--threads",
+        3,
+        "--max-memory",
+        "1.5G",
+        "--max-vram",
+        "8G",
+        "--shard-size",
+        "2MiB",
+        "--nan",
+        "warn",
+    ]
     said = call(
         "merge", write(models), models / "out", *arguments, "--allow-pickle", "--ignore-extra", "--device", "cpu"
     )
@@ -119,7 +132,7 @@ def test_options_reach_the_engine(models, monkeypatch):
     del seen["progress"]
     assert seen == {
         "out": models / "out", "resume": True, "force": True, "device": "cpu", "threads": 3, "max_memory": 1_500_000_000,
-        "max_shard_bytes": 2 << 20, "nan": "warn", "allow_pickle": True, "ignore_extra": True, "dry_run": False,
+        "max_vram": 8_000_000_000, "max_shard_bytes": 2 << 20, "nan": "warn", "allow_pickle": True, "ignore_extra": True, "dry_run": False,
     }  # fmt: skip
 
 
@@ -353,7 +366,7 @@ def test_demo_passes_on_what_it_is_given(monkeypatch):
 
 def test_every_flag_of_mergekit_yaml_is_understood(models):
     flags = [
-        "--cuda", "--device", "cuda:0", "--low-cpu-memory", "--read-to-gpu", "--multi-gpu", "--gpu-rich", "--lazy-unpickle",
+        "--cuda", "--device", "auto", "--low-cpu-memory", "--read-to-gpu", "--multi-gpu", "--gpu-rich", "--lazy-unpickle",
         "--out-shard-size", "5B", "--clone-tensors", "--no-copy-tokenizer", "--trust-remote-code", "--allow-crimes",
         "--random-seed", "7", "-j", "2", "--async-write", "--write-threads", "2", "--transformers-cache", str(models / "cache"),
         "--lora-merge-cache", "x", "--lora-merge-dtype", "float16", "--safe-serialization", "--no-write-model-card", "-v", "-v",
@@ -366,7 +379,7 @@ def test_every_flag_of_mergekit_yaml_is_understood(models):
     assert said.returncode == 0, said.stderr
     for flag in (
         "--cuda",
-        "--device cuda:0",
+        "--multi-gpu",
         "--gpu-rich",
         "--lazy-unpickle",
         "--clone-tensors",

@@ -1,0 +1,171 @@
+"""Buffers in flight on one device.
+
+A slot holds one chunk: pinned and device memory for its inputs and for its result. A worker takes the oldest slot; if its
+last chunk is still under way, the worker waits for it and stores its result; then it reads the next chunk into the pinned
+memory and queues copy, merge and copy back on three streams. So disk, bus (both directions) and kernels overlap, also
+from one tensor to the next, and memory is slots x chunk, whatever the size of tensors.
+
+The order, per chunk:  host reads files -> [up] copy in -> [compute] merge -> [down] copy back -> host stores the result,
+and the slot is free. `compute` waits for `up`, `down` for `compute`, the host for `down`. Nothing else needs ordering:
+a slot's memory is touched by one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .budget import ALIGN, Budget
+from .protocol import Device
+
+TRANSFORM = 4  # times its own size that a collected tensor takes while it is transformed (FFT: spectrum and workspace)
+
+
+class Slot:
+    """Memory of one chunk in flight, and what to do when it comes back."""
+
+    def __init__(self, device: Device, budget: Budget) -> None:
+        self.device = device
+        self._host_in, self._there_in = device.pinned(budget.input_bytes), device.memory(budget.input_bytes)
+        self._host_out, self._there_out = device.pinned(budget.output_bytes), device.memory(budget.output_bytes)
+        self.used = 0  # bytes of the inputs' memory
+        self._event: object | None = None
+        self._store: Callable[[], None] | None = None
+
+    def inputs(self, dtypes: Sequence[torch.dtype], numel: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Flat tensors for the chunk's inputs: in pinned memory, and where they will be on the device."""
+        host, there, at = [], [], 0
+        for dtype in dtypes:
+            size = numel * dtype.itemsize
+            host.append(self._host_in[at : at + size].view(dtype))
+            there.append(self._there_in[at : at + size].view(dtype))
+            at += -(-size // ALIGN) * ALIGN
+        self.used = min(at, len(self._host_in))
+        return host, there
+
+    def result(self, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
+        """Flat tensors for the chunk's result: in pinned memory and on the device."""
+        size = numel * dtype.itemsize
+        return self._host_out[:size].view(dtype), self._there_out[:size].view(dtype)
+
+    def copy_in(self, stream: object) -> None:
+        """Queue one copy of all inputs."""
+        if self.used:
+            self.device.copy(self._there_in[: self.used], self._host_in[: self.used], stream)
+
+    def pending(self, event: object, store: Callable[[], None] | None) -> None:
+        """The chunk is under way: its memory is free, and `store` may run, after `event`."""
+        self._event, self._store = event, store
+
+    def settle(self) -> None:
+        """Wait for the chunk under way, if any, and store its result."""
+        event, store = self._event, self._store
+        self._event = self._store = None
+        if event is not None:
+            self.device.synchronize(event)
+        if store is not None:
+            store()
+
+    def abandon(self) -> None:
+        """Wait for the chunk under way and drop its result."""
+        self._store = None
+        self.settle()
+
+
+class Stage:
+    """One device with its streams and slots."""
+
+    def __init__(self, device: Device, budget: Budget) -> None:
+        self.device, self.budget = device, budget
+        self.up, self.compute, self.down = (device.stream(n) for n in ("up", "compute", "down"))
+        self._every: list[Slot] = []
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._work: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.left_out: dict[str, int] = {}  # tensors merged on the CPU, with the bytes they would have needed
+
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """The slot that has been under way longest, settled; it goes to the end of the line."""
+        slot: Slot | None = None
+        with self._lock:
+            if len(self._every) < self.budget.slots:
+                slot = Slot(self.device, self.budget)
+                self._every.append(slot)
+        if slot is None:
+            slot = self._free.get()
+        try:
+            slot.settle()
+            yield slot
+        finally:
+            self._free.put(slot)
+
+    def pieces(self, numel: int, align: int = 1) -> list[tuple[int, int]] | None:
+        """(begin, end) of the chunks of a tensor, beginning at multiples of `align`; None when a row is too long."""
+        step = self.budget.chunk // max(align, 1) * max(align, 1)
+        if step == 0:
+            return None
+        return [(begin, min(begin + step, numel)) for begin in range(0, numel, step)]
+
+    def merge(
+        self,
+        slot: Slot,
+        work: Callable[[], None],
+        reads: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        back: tuple[Tensor, Tensor] | None,
+        store: Callable[[], None] | None,
+    ) -> None:
+        """Queue a chunk whose pinned inputs are filled: copy in, `work`, and copy `back` (to, from) for `store`."""
+        device = self.device
+        with self._lock:  # chunks enter the streams one after another; temporaries of one chunk at a time
+            slot.copy_in(self.up)
+            copied = device.record(self.up)
+            slot.pending(copied, None)  # should the work fail, its inputs are still on their way
+            device.wait(self.compute, copied)
+            device.run(work, self.compute, reads, writes)
+            event = device.record(self.compute)
+            self.bytes_up += slot.used
+            if back is not None:
+                device.wait(self.down, event)
+                device.copy(*back, self.down)
+                event = device.record(self.down)
+                self.bytes_down += back[0].nbytes
+            slot.pending(event, store)
+
+    def then(self, work: Callable[[], None], touches: Tensor) -> None:
+        """Queue `work` on a collected tensor, after everything that filled it."""
+        with self._lock:
+            self.device.run(work, self.compute, [touches], [touches])
+
+    def collected(self, key: str, numel: int, dtype: torch.dtype) -> Tensor | None:
+        """Device memory for a whole tensor, reused from tensor to tensor; None when it does not fit the budget."""
+        nbytes = numel * dtype.itemsize
+        others = sum(t.numel() for k, t in self._work.items() if k != key)
+        if TRANSFORM * nbytes + others > self.budget.collect_bytes:
+            return None
+        held = self._work.get(key)
+        if held is None or held.numel() < nbytes:
+            if held is not None:  # kernels may still be using it
+                self.device.synchronize(self.device.record(self.compute))
+                del self._work[key], held
+            self._work[key] = held = self.device.memory(nbytes)
+        return held[:nbytes].view(dtype)
+
+    def flush(self) -> None:
+        """Wait for every chunk under way and store its result. Not while workers are in `slot`."""
+        for _ in self._every:
+            with self.slot():
+                pass
+
+    def abandon(self) -> None:
+        """After a failure: wait for the device, store nothing."""
+        for slot in self._every:
+            slot.abandon()

@@ -1,0 +1,131 @@
+"""One parameter of all models, merged on a device chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..io.pipeline import Merge, Source, Stream
+from .stage import TRANSFORM, Stage
+
+
+class DeviceStream(Stream):
+    """A :class:`Stream` whose `merge_each`, `collect` and `emit` run on a stage; passes that only look run on the CPU.
+
+    `merge_each` and `emit` return when the last chunk is queued, not when it is stored: see :meth:`Stage.flush`.
+    """
+
+    def __init__(self, *arguments: Any, stage: Stage, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self.stage = stage
+        self._sources: list[Source] = ([] if self.base is None else [self.base]) + self.models
+        self._whole: Tensor | None = None  # what collect gave, on the device
+
+    def _leave_out(self, nbytes: int) -> None:
+        self.stage.left_out[self.name] = nbytes
+
+    def merge_each(self, visit: Merge, align: int = 1) -> None:
+        """See :class:`Stream`. Chunks are the stage's; rows longer than one are merged on the CPU."""
+        pieces = self.stage.pieces(self.numel, align)
+        if pieces is None:
+            self._leave_out(align * sum(s.dtype.itemsize for s in self._sources))
+            super().merge_each(visit, align)
+            return
+
+        def chunk(i: int) -> None:
+            begin, end = pieces[i]
+            with self.stage.slot() as slot:
+                host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
+                self._fill(host, self._sources, begin, end)
+                self._look(begin, host)
+                back, out = slot.result(self.out_dtype, end - begin)
+                base, models = self._split(there)
+
+                def work() -> None:
+                    _into(out, visit(begin, base, models, out))
+
+                self.stage.merge(slot, work, there, [out], (back, out), lambda: self._put(begin, back))
+
+        self.pool.each(len(pieces), chunk)
+        self._inspected = True
+
+    def collect(
+        self,
+        key: str,
+        visit: Merge,
+        dtype: torch.dtype = torch.float32,
+        then: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """See :class:`Stream`. On the device where the tensor and its transform fit, else on the CPU."""
+        flat = self.stage.collected(key, self.numel, dtype)
+        if flat is None:
+            self._leave_out(TRANSFORM * self.numel * dtype.itemsize)
+            return super().collect(key, visit, dtype, then)
+        whole = flat.view(self.shape)
+        pieces = self.stage.pieces(self.numel) or []
+
+        def chunk(i: int) -> None:
+            begin, end = pieces[i]
+            with self.stage.slot() as slot:
+                host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
+                self._fill(host, self._sources, begin, end)
+                self._look(begin, host)
+                base, models = self._split(there)
+                here = flat[begin:end]
+                self.stage.merge(slot, lambda: _into(here, visit(begin, base, models, here)), there, [here], None, None)
+
+        self.pool.each(len(pieces), chunk)
+        self._inspected = True
+        if then is not None:
+            self.stage.then(lambda: then(whole), flat)
+        self._whole = whole
+        return whole
+
+    def emit(self, result: Tensor, *, add_base: bool = False) -> None:
+        """See :class:`Stream`. What `collect` left on the device goes out from there."""
+        if self._whole is None or result.data_ptr() != self._whole.data_ptr():
+            super().emit(result, add_base=add_base)
+            return
+        flat = result.reshape(-1)
+        sources = [self._origin()] if add_base else []
+        pieces = self.stage.pieces(self.numel) or []
+
+        def chunk(i: int) -> None:
+            begin, end = pieces[i]
+            with self.stage.slot() as slot:
+                host, there = slot.inputs([s.dtype for s in sources], end - begin)
+                self._fill(host, sources, begin, end)
+                back, out = slot.result(self.out_dtype, end - begin)
+                here = flat[begin:end]
+
+                def work() -> None:
+                    if there:
+                        _into(out, ops.weighted_sum(None, [there[0], here], 1.0, dtype=self.out_dtype, out=out))
+                    else:
+                        _into(out, here)
+
+                self.stage.merge(slot, work, [*there, here], [out], (back, out), lambda: self._put(begin, back))
+
+        self.pool.each(len(pieces), chunk)
+
+    def _fill(self, host: list[Tensor], sources: list[Source], begin: int, end: int) -> None:
+        for source, into in zip(sources, host, strict=True):
+            source.read_into(begin, end, into)
+
+    def _look(self, offset: int, host: list[Tensor]) -> None:
+        if self._inspect is not None and not self._inspected:
+            self._show(self._inspect, offset, *self._split(host))
+
+    def _split(self, tensors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        return (None, tensors) if self.base is None else (tensors[0], tensors[1:])
+
+
+def _into(out: Tensor, values: Tensor) -> None:
+    """values, cast to out's dtype, in out, where they may be already."""
+    values = values.reshape(-1)
+    if values.data_ptr() != out.data_ptr() or values.dtype != out.dtype:
+        out.copy_(values)
