@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._doctor import doctor
     from .engine import run
     from .errors import BadInput, FastmergeError, Interrupted
+    from .experts import free
     from .fw import FrankWolfeResult, frank_wolfe, frank_wolfe_soft
     from .gradients import gradient
     from .merging import merge
@@ -37,6 +38,7 @@ _HOME = {
     "experts": None,
     "frank_wolfe": "fw",
     "frank_wolfe_soft": "fw",
+    "free": "experts",
     "gradient": "gradients",
     "merge": "merging",
     "method": "methods",
@@ -61,6 +63,7 @@ __all__ = [
     "experts",
     "frank_wolfe",
     "frank_wolfe_soft",
+    "free",
     "gradient",
     "merge",
     "method",

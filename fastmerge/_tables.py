@@ -88,6 +88,8 @@ def plan(recipe: Recipe, report: Report, out: Path | None) -> None:
             f"{', '.join(gigabytes(n) for n in estimate['vram_bytes'])}: {slots} buffers of {chunk} elements; "
             f"as much pinned host memory without the workspace ({gigabytes(sum(estimate['pinned_bytes']))})"
         )
+    for path, size in report.files.items():
+        cost[path] = f"about {gigabytes(size)}"
     if "seconds" in estimate:
         cost["time"] = f"at least {estimate['seconds']:.1f} s: {estimate['seconds_how']}"
     console.print(_rows("cost", cost))
@@ -107,6 +109,7 @@ def summary(report: Report) -> None:
         "cpu": f"{report.cpu_s:.2f} s",
         "peak memory": gigabytes(report.peak_rss),
         "read, written": f"{gigabytes(report.bytes_read)}, {gigabytes(report.bytes_written)}",
+        **{path: gigabytes(size) for path, size in report.files.items()},
     }
     _console().print(_rows("merged", rows))
     for name, count in report.nonfinite.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,32 +26,44 @@ def free(
     models: Models,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the backbone; experts go to OUT/experts.")],
     density: Annotated[float, typer.Option(help="Share of every task vector an expert keeps.")] = 0.01,
-    mu: Annotated[str, typer.Option(help="paper, vit or constant.")] = "paper",
+    mu: Annotated[str, typer.Option(help="paper, balanced, vit or constant.")] = "paper",
     constant: Annotated[float, typer.Option(help="The constant of --mu constant.")] = 7.0,
     by: Annotated[str, typer.Option(help="row or tensor.")] = "row",
+    trim: Annotated[str, typer.Option(help="topk, window, random or rank_random.")] = "topk",
+    combine: Annotated[str, typer.Option(help="add or override.")] = "add",
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Factor of the backbone's coefficients.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Name of an expert, once per model. [default: the folders' names]")
+    ] = None,
     preset: Preset = None,
     cutoff: Cutoff = None,
     select: Select = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT, or start over.")] = False,
+    nan: Annotated[str, typer.Option(help="error, warn or allow.")] = "error",
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Merge MODELS into an FR backbone and write one expert file per model."""
+    """Merge MODELS into an FR backbone and write one expert file per model (a recipe's `merge_method: free`)."""
     with failing_politely(debug=debug, json=json_):
-        from . import experts
-        from .merging import merge
+        from . import _tables
+        from .engine import run
+        from .recipe import Recipe
 
-        fr = {"preset": preset, "cutoff": cutoff, "select": select}
-        made = experts.extract(base, models, density=density, mu=mu, constant=constant, by=by, **fr)  # type: ignore[arg-type]
-        merge("fr", str(base), [str(m) for m in models], out=out, **fr)
-        rows: list[dict[str, Any]] = []
-        for e in made:
-            path = out / "experts" / f"{e.task}.safetensors"
-            rows.append({"task": e.task, "file": str(path), "bytes": experts.save(e, path), "entries": e.entries})
+        given = {
+            "density": density, "mu": mu, "constant": constant, "by": by, "trim": trim, "combine": combine,
+            "lambda_": lambda_, "preset": preset, "cutoff": cutoff, "select": select, "tasks": task,
+        }  # fmt: skip
+        known = {k: v for k, v in given.items() if v is not None}
+        recipe = Recipe.from_call("free", str(base), [str(m) for m in models], known)
+        report = run(recipe, out, dry_run=dry_run, resume=resume, force=force, nan=nan)
         if json_:
-            typer.echo(json.dumps(rows, indent=2))
+            print(report.to_json(), end="")
+        elif dry_run:
+            _tables.plan(recipe, report, out)
         else:
-            for row in rows:
-                say(f"{row['task']}: {row['entries']} entries, {row['bytes'] / 1e6:.1f} MB, {row['file']}")
+            _tables.summary(report)
 
 
 def spectrum(

@@ -148,15 +148,17 @@ def run(
         )
         choice = job.choose(device)
         budgets = job.budgets(choice, max_vram, max_memory)
-        layout = _layout(job, max_shard_bytes)
+        layout, files_beside = _layout(job, max_shard_bytes), job.plan_files()
         if out is not None:
-            check_target(out, layout.total_bytes, force=force, resume=resume, inputs=_folders([template, *models]))
+            needed = layout.total_bytes + sum(files_beside.values())
+            check_target(out, needed, force=force, resume=resume, inputs=_folders([template, *models]))
         report = Report(
             method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None,
             str(out) if out is not None else None,
             device=choice.name, where=choice.where(method), workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
         )  # fmt: skip
         report.estimate = _estimate(job, layout, workers) | _device_estimate(choice, budgets)
+        report.files = files_beside
         report.parameters = describe_parameters(method, [t.plan for t in job.planned if not t.copied], len(models))
         if dry_run or out is None:
             report.planned = True
@@ -185,6 +187,7 @@ def run(
         try:
             fleet = Fleet([Stage(*both) for both in zip(choice.devices, budgets, strict=True)], pool)
             _fill(job, writer, plan, report, fleet)
+            report.files = job.write_files(writer.work)
             _finish_report(report, clock, files, writer, backends, job)
             writer.publish(_small_files(job, report), force=force)
         except KeyboardInterrupt:
@@ -327,7 +330,8 @@ def _finish_report(
     report: Report, clock: Clock, files: Files, writer: Writer, backends: dict[str, str], job: Job
 ) -> None:
     report.wall_s, report.cpu_s, report.peak_rss = clock.wall(), clock.cpu(), peak_rss()
-    report.bytes_read, report.bytes_written = files.bytes_read, writer.bytes_written
+    report.bytes_read = files.bytes_read
+    report.bytes_written = writer.bytes_written + sum(report.files.values())
     report.backends, report.nonfinite = dict(backends), dict(job.nonfinite)
 
 

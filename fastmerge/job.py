@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .device.choose import Work
 from .errors import BadInput
 from .io.checkpoint import Checkpoint
 from .io.pipeline import Files, Pool, Stream, chunk_elements
-from .methods import Context, Method
+from .methods import Context, Header, Method
 from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
 from .recipe import Recipe
 
@@ -62,7 +63,7 @@ class Job:
             raise BadInput(
                 f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
             ) from error
-        passes = 1 + (method.scan_pass is not None) + (method.fit_pass is not None)
+        passes = 1 + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
         self.input_bytes = sum(s.nbytes for t in merged for s in [*t.models, *([t.base] if t.base else [])])
         # an upper bound: a fit pass reads nothing for parameters that need no fit
         self.read_bytes = passes * self.input_bytes
@@ -147,6 +148,24 @@ class Job:
             return None
         streams = (self.stream(t, _nowhere, check=False) for t in self.planned if not t.copied)
         return self.method.fit_pass(streams, self.recipe.seed)
+
+    def plan_files(self) -> dict[str, int]:
+        """The files the method writes beside the merged weights, with their sizes as far as headers tell."""
+        if self.method.plan_pass is None:
+            return {}
+        headers = [
+            Header(t.name, t.reference.shape, t.dtype, t.plan.parameters, t.plan.models)
+            for t in self.planned
+            if not t.copied
+        ]
+        return self.method.plan_pass(headers, [str(ref) for ref in self.recipe.inputs])
+
+    def write_files(self, folder: Path) -> dict[str, int]:
+        """Write them; every tensor is read once more."""
+        if self.method.files_pass is None:
+            return {}
+        streams = (self.stream(t, _nowhere, check=False) for t in self.planned if not t.copied)
+        return self.method.files_pass(streams, [str(ref) for ref in self.recipe.inputs], folder)
 
     def apply(
         self,

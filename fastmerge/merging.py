@@ -153,6 +153,11 @@ def merge_checkpoints(
     The template is the base, or the first model when the recipe names none; models are those of ``recipe.inputs``.
     """
     method: Method = recipe.method
+    if method.files_pass is not None:
+        raise BadInput(
+            f"{method.name} makes files beside the merged weights, which a state dict can not hold",
+            remedy="pass out=, a folder" + (", or use fm.free" if method.name == "free" else ""),
+        )
     base = template if recipe.base_model is not None and method.base != "ignored" else None
     with opened(1, in_memory=True) as (pool, files), torch.no_grad():
         job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)

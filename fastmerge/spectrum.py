@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import BadInput
-from .experts.extract import _open, _rule, _streams, _tasks, _wide
+from .experts.collect import task_names
+from .experts.extract import fr_rule, open_model, streams
 from .io.pipeline import opened
 from .ops._spectral_mask import spectral_mask
 
@@ -57,10 +58,10 @@ def spectrum(
     """
     if bands < 1:
         raise BadInput(f"bands must be at least 1, not {bands}")
-    rule, _ = _rule(fr, len(models))
-    names = _tasks(tasks, models)
-    origin = _open(base, "base", allow_pickle)
-    others = [_open(m, str(n), allow_pickle) for m, n in zip(models, names, strict=True)]
+    rule, _ = fr_rule(fr, len(models))
+    names = task_names(tasks, [str(m) if isinstance(m, (str, Path)) else None for m in models])
+    origin = open_model(base, "base", allow_pickle)
+    others = [open_model(m, str(n), allow_pickle) for m, n in zip(models, names, strict=True)]
     pairs = [(i, j) for i in range(len(models)) for j in range(i + 1, len(models))]
     energy = torch.zeros(len(models), bands, dtype=torch.float64)
     cross = torch.zeros(len(pairs), bands, dtype=torch.float64)
@@ -68,7 +69,7 @@ def spectrum(
     moments = torch.zeros(len(models), 2, dtype=torch.float64)
     removed: dict[str, dict[str, float]] = {}
     with opened(1) as (pool, files), torch.no_grad():
-        for stream in _streams(origin, others, pool, files):
+        for stream in streams(origin, others, pool, files):
             if not stream.numel or not rule.filters(stream.name, stream.shape):
                 continue
             start, tensors = stream.whole()
@@ -88,7 +89,7 @@ def spectrum(
             lost = (1 - spectral_mask(height, width, rule.cutoff, rule.mask, rule.ring_double).gain()).view(-1)
             spectra: list[Tensor] = []
             for i, m in enumerate(tensors):
-                delta = ops.weighted_sum(start, [m], 1.0, add_base=False, dtype=_wide(start, m))
+                delta = ops.weighted_sum(start, [m], 1.0, add_base=False, dtype=stream.compute)
                 f = (torch.fft.rfft2(delta) / (height * width) ** 0.5).reshape(-1)
                 power = f.abs().double().square()
                 energy[i] += torch.bincount(band, power * weight, bands)

@@ -25,7 +25,7 @@ class FreeModel(nn.Module):
         model: the backbone, changed in place while an expert is in use; any nn.Module.
         experts: a folder of expert files, or experts (or their files) in a list or by task.
         combine: ``add``: θ + μ·v (paper); ``override``: on the expert's positions θ0 + μ·v instead of the backbone's
-            value, as the published code; this needs `base`.
+            value, as the published code; this needs `base`. Default: what the experts were made for.
         base: the state dict (or module) that the models were fine-tuned from, for ``override``.
         heads: modules by task that take the place of the submodule called `head` while the task is in use.
         router: ``router(*args, **kwargs)`` -> scores [B, T], columns in the order of `tasks`, or [B] task indices; a
@@ -40,7 +40,7 @@ class FreeModel(nn.Module):
         model: nn.Module,
         experts: Experts,
         *,
-        combine: Literal["add", "override"] = "add",
+        combine: Literal["add", "override"] | None = None,
         base: Mapping[str, Tensor] | nn.Module | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         head: str | None = None,
@@ -48,8 +48,13 @@ class FreeModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.combine = combine
         self.experts = _collect(experts)
+        if combine is None:
+            meant = {e.about.get("combine", "add") for e in self.experts.values()}
+            if len(meant) > 1:
+                raise BadInput("some experts are to be added, others put over the backbone", remedy="pass combine=")
+            combine = "override" if meant == {"override"} else "add"
+        self.combine = combine
         self.tasks = list(self.experts)
         self.router = router
         self.task: str | None = None  # the expert in use, if one alone is

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..io.safetensors import build_header, bytes_of
 
 FORMAT, VERSION = "fastmerge-expert", "1"
 
@@ -111,9 +112,7 @@ def decode(coding: str, data: npt.NDArray[Any], numel: int) -> npt.NDArray[np.in
 
 
 def save(expert: Expert, path: str | Path) -> int:
-    """Write an expert file (whole or not at all); returns its size in bytes."""
-    from safetensors.torch import save_file
-
+    """Write an expert file (whole or not at all); returns its size in bytes. The same expert gives the same bytes."""
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, t in sorted(expert.tensors.items()):
@@ -134,7 +133,13 @@ def save(expert: Expert, path: str | Path) -> int:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata=metadata)
+    # Wider elements first keeps every tensor aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, _ = build_header([(n, tensors[n].dtype, tuple(tensors[n].shape)) for n in order], metadata)
+    with partial.open("wb") as file:
+        file.write(header)
+        for name in order:
+            file.write(bytes_of(tensors[name]))
     partial.replace(path)
     return path.stat().st_size
 

@@ -230,7 +230,7 @@ class Writer:
             (self.work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name, raw in side_files.items():
             (self.work / name).write_bytes(raw)
-        for path in self.work.iterdir():
+        for path in self.work.rglob("*"):
             _sync(path)
         self.close()
         old = self.out.parent / f".{self.out.name}.fastmerge-old"

@@ -12,6 +12,7 @@ from ._method import (
     Delta,
     Deltas,
     Density,
+    Header,
     Help,
     Method,
     Models,
@@ -28,6 +29,7 @@ from .dare import dare_linear, dare_ties
 from .della import della, della_linear
 from .fr import fr
 from .frank_wolfe import frank_wolfe, frank_wolfe_soft
+from .free import free
 from .karcher import karcher
 from .linear import linear
 from .model_stock import model_stock
@@ -46,6 +48,7 @@ __all__ = [
     "Delta",
     "Deltas",
     "Density",
+    "Header",
     "Help",
     "Method",
     "Models",
@@ -63,6 +66,7 @@ __all__ = [
     "fr",
     "frank_wolfe",
     "frank_wolfe_soft",
+    "free",
     "get",
     "karcher",
     "linear",

@@ -9,6 +9,9 @@ Passes, each optional::
     @ties.fit      # once per job: sees every tensor; result is context.plan
     @ties.scan     # once per tensor, before it is applied; result is context.state
 
+    @free.plan_files   # from headers: the files the method writes beside the merged weights, with their sizes
+    @free.write_files  # once per job, after every tensor is merged: sees every tensor again and writes them
+
 ``grain="element"`` promises that output element i depends on input elements i only (plus plan and state), so that the
 engine may call the method on chunks; ``grain="tensor"`` gets whole tensors; ``grain="stream"`` gets the
 :class:`TensorStream` itself and drives its own chunks.
@@ -198,6 +201,17 @@ class TensorStream(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Header:
+    """What is known of one merged tensor before anything is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of the result
+    parameters: Mapping[str, Any]
+    models: tuple[int, ...]  # which of the recipe's models take part
+
+
 @dataclass
 class Context:
     """What a method may know about the call beyond its tensors and parameters."""
@@ -231,6 +245,8 @@ class Method:
     description: str = ""
     fit_pass: Callable[..., Any] | None = None
     scan_pass: Callable[..., Any] | None = None
+    plan_pass: Callable[[Sequence[Header], Sequence[str]], dict[str, int]] | None = None
+    files_pass: Callable[..., dict[str, int]] | None = None
     needs_data: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -242,6 +258,19 @@ class Method:
     def scan(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register ``scan(tensor: TensorStream, plan) -> state``."""
         self.scan_pass = function
+        return function
+
+    def plan_files(self, function: Callable[[Sequence[Header], Sequence[str]], dict[str, int]]) -> Callable[..., Any]:
+        """Register ``plan_files(tensors, models) -> {relative path: estimated bytes}``; models are the recipe's.
+
+        It raises BadInput for what headers and parameters show to be wrong.
+        """
+        self.plan_pass = function
+        return function
+
+    def write_files(self, function: Callable[..., dict[str, int]]) -> Callable[..., Any]:
+        """Register ``write_files(tensors: Iterable[TensorStream], models, folder: Path) -> {relative path: bytes}``."""
+        self.files_pass = function
         return function
 
     def arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:

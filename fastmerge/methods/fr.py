@@ -64,10 +64,10 @@ def fr(
         return
     filtered = rule.filters(tensor.name, tensor.shape)
     if not rule.linear:
-        (_elected if rule.elect else _aligned)(tensor, rule, _lambdas(lambda_, rule, tensor.count), filtered)
+        (_elected if rule.elect else _aligned)(tensor, rule, lambdas_of(lambda_, rule, tensor.count), filtered)
         return
     means = context.state if rule.scope == "tensor" else context.plan.means if context.plan is not None else None
-    weights = coefficients(rule, _lambdas(lambda_, rule, tensor.count), means, tensor.count)
+    weights = coefficients(rule, lambdas_of(lambda_, rule, tensor.count), means, tensor.count)
     if not filtered:
         tensor.merge_each(
             lambda offset, base, models, out: ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out)
@@ -122,7 +122,7 @@ def coefficients(rule: Rule, lambdas: Sequence[float], means: Sequence[float] | 
     return [v * (e / total if total > 0 else 1.0 / count) for v, e in zip(lambdas, means, strict=True)]
 
 
-def _lambdas(given: float | Sequence[float | None] | None, rule: Rule, count: int) -> list[float]:
+def lambdas_of(given: float | Sequence[float | None] | None, rule: Rule, count: int) -> list[float]:
     each = list(given) if isinstance(given, Sequence) else [given] * count
     return [rule.lambda_ if v is None else v for v in each]
 

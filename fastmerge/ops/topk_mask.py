@@ -8,7 +8,17 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import op
 from ._checks import require_float
-from .threshold import KEEP_NONE, Threshold, Window, kept_count, magnitude_key, require_density, topk_thresholds
+from .threshold import (
+    KEEP_NONE,
+    Rule,
+    Threshold,
+    Window,
+    kept,
+    kept_count,
+    magnitude_key,
+    require_density,
+    topk_thresholds,
+)
 
 __all__ = ["KEEP_NONE", "Threshold", "Window", "topk_mask"]
 
@@ -47,6 +57,19 @@ def topk_mask(x: Tensor, density: float, *, dim: int | None = None) -> Tensor:
     largest = rows.sort(dim=-1, descending=True, stable=True).indices[..., : kept_count(density, rows.shape[-1])]
     mask = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
     return mask.reshape(x.shape) if axis is None else mask.movedim(-1, axis).contiguous()
+
+
+def rule_mask(x: Tensor, rule: Rule, offset: int = 0) -> Tensor:
+    """:func:`fastmerge.ops.threshold.kept`, by the kernel where it runs: x is elements [offset, …) of its tensor."""
+    if rule is None or _native.cpu_why_not(x) is not None:
+        return kept(x, rule, offset)
+    if isinstance(rule, Window):
+        mask = rule_mask(x, rule.low, offset)
+        return mask if rule.high is None else mask.logical_and_(~rule_mask(x, rule.high, offset))
+    dense, mask = x.contiguous(), torch.empty(x.shape, dtype=torch.bool)
+    dtype, index = _native.DTYPES[x.dtype], rule.index - offset
+    _native.lib().topk_mask(mask.data_ptr(), dense.data_ptr(), dtype, x.numel(), rule.key, index, _native.threads())
+    return mask
 
 
 @topk_mask.backend("cpu", when=lambda x, *_, **__: _native.cpu_why_not(x))

@@ -79,7 +79,7 @@ def test_zero_deltas_and_short_rows():
     ("kwargs", "match"),
     [
         ({"density": 0.0}, "density"),
-        ({"mu": "log"}, "mu is one of"),
+        ({"mu": "log"}, "mu must be one of"),
         ({"cutof": 0.1}, "cutof"),
         ({"tasks": ["a", "a"]}, "different task names"),
         ({"tasks": ["a", "../b"]}, "file name"),
