@@ -38,7 +38,9 @@ def free(
     preset: Preset = None,
     cutoff: Cutoff = None,
     select: Select = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT, or start over.")] = False,
     nan: Annotated[str, typer.Option(help="error, warn or allow.")] = "error",

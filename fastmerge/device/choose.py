@@ -22,7 +22,7 @@ from .protocol import Device
 
 READ = 7e9  # bytes/s and worker, from the page cache: measured on a 2.3 GHz Xeon
 RATE = 6e9  # input bytes/s and worker of a fused element-wise merge: measured, docs/performance.md
-RATES = {"fr": 0.25e9, "della": 0.3e9, "della_linear": 0.3e9, "dare_linear": 1.5e9, "dare_ties": 1.5e9}
+RATES = {"fr": 0.25e9, "free": 0.25e9, "della": 0.3e9, "della_linear": 0.3e9, "dare_linear": 1.5e9, "dare_ties": 1.5e9}
 BUS = 64e9  # bytes/s of the fastest bus in common use: what a job must beat before the real one is measured
 STARTUP = 3.0  # s
 NAMES = "auto, cpu, cuda, cuda:0 or cuda:all"

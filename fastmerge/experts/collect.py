@@ -80,7 +80,9 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
 
 def task_names(given: Sequence[str] | None, labels: Sequence[str | None]) -> list[str]:
     """The names of the experts: those given, else the last part of every model's path, else task1 …"""
-    names = [Path(m).name if m is not None else f"task{i + 1}" for i, m in enumerate(labels)] if given is None else given
+    names = (
+        [Path(m).name if m is not None else f"task{i + 1}" for i, m in enumerate(labels)] if given is None else given
+    )
     if len(names) != len(labels) or len(set(names)) != len(names):
         raise BadInput(
             f"{len(labels)} models need as many different task names, not {list(names)}", remedy="give tasks: [...]"

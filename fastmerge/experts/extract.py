@@ -72,7 +72,10 @@ def extract(
     labels = [str(m) if isinstance(m, (str, Path)) else None for m in models]
     collection = Collection(task_names(tasks, labels))
     origin = open_model(base, "base", allow_pickle)
-    others = [open_model(m, label or f"models[{i}]", allow_pickle) for i, (m, label) in enumerate(zip(models, labels, strict=True))]
+    others = [
+        open_model(m, label or f"models[{i}]", allow_pickle)
+        for i, (m, label) in enumerate(zip(models, labels, strict=True))
+    ]
     with opened(_native.threads(), in_memory=True) as (pool, files), torch.no_grad():
         for stream in streams(origin, others, pool, files, values, seed):
             collection.add(stream)

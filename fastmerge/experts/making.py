@@ -79,7 +79,16 @@ def free(
     if out is not None:
         more = {} if tasks is None else {"tasks": list(tasks)}
         report: Report = merge(
-            "free", base, models, out=out, dtype=dtype, nan=nan, seed=seed, allow_pickle=allow_pickle, **parameters, **more
+            "free",
+            base,
+            models,
+            out=out,
+            dtype=dtype,
+            nan=nan,
+            seed=seed,
+            allow_pickle=allow_pickle,
+            **parameters,
+            **more,
         )
         return report
     method_parameters("free", parameters, len(models))  # names what is wrong before any work

@@ -247,9 +247,7 @@ def test_slices_and_state_dicts_are_refused_with_a_way_out(folders):
 
 
 def defaults(count):
-    return {
-        n: [p.default] * count if p.per_model else p.default for n, p in fm.methods.get("free").parameters.items()
-    }
+    return {n: [p.default] * count if p.per_model else p.default for n, p in fm.methods.get("free").parameters.items()}
 
 
 def test_free_in_memory_and_into_a_folder(folders):
