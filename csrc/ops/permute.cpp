@@ -1,39 +1,26 @@
 // permute: out[i, j, ...] = x[perm0[i], perm1[j], ...], in place too; and the check that an index is a permutation.
 //
-// Story: a copy with another order of rows runs at copy speed when rows are long; short runs and permuted columns are
-// picked element by element out of a source row that sits in L1 or L2, collected in an L1 buffer and streamed out. In
-// place, a slice moves along its cycle through one buffer; permuted columns need one row of workspace.
+// Story: a copy with another order of rows runs at copy speed when rows are long; permuted columns are picked out of
+// several rows at once (common/tiles.h), collected in an L1 buffer and streamed out. In place, a slice moves along its
+// cycle through one buffer; permuted columns need one row of workspace.
 #include "common/export.h"
 #include "common/gather.h"
-#include "common/parallel.h"
-#include "common/stream.h"
 
 namespace fastmerge {
 namespace {
 
-using Axes = std::vector<std::pair<std::int64_t, std::uintptr_t>>;
-constexpr std::int64_t kStep = 4 * 1024;         // bytes gathered at a time
-constexpr std::int64_t kBuffer = 16 * 1024;      // bytes of a slice moved at a time, in place
-constexpr std::int64_t kSlab = 4 << 20;          // bytes: a smaller slab is permuted through a copy of itself
+constexpr std::int64_t kBuffer = 16 * 1024;  // bytes of a slice moved at a time, in place
+constexpr std::int64_t kSlab = 4 << 20;      // bytes: a smaller slab is permuted through a copy of itself
 
-void permute(std::uintptr_t out, std::uintptr_t in, std::int64_t element, std::int64_t n, const Axes& axes, int threads) {
-  const Gather from(axes, element);
-  const bool stream = n * element >= kStreamBytes;
+// `stream`: the result is part of more than a cache holds, write it past the caches.
+void permute(std::uintptr_t out, std::uintptr_t in, std::int64_t element, std::int64_t n, const Axes& axes, bool stream,
+             int threads) {
   auto* to = pointer<unsigned char>(out);
-  parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) unsigned char buffer[kStep];
-    walk(from, in, element, begin, end, kStep / element, [&](std::int64_t at, std::uintptr_t row, std::int64_t c, std::int64_t m) {
-      const auto* source = pointer<const unsigned char>(row);
-      unsigned char* target = to + at * element;
-      if (from.columns.empty()) {
-        stream ? stream_out(target, source + c * element, m * element)
-               : static_cast<void>(std::memcpy(target, source + c * element, m * element));
-        return;
-      }
-      gather_columns(from, element, source, c, m, stream ? buffer : target);
-      if (stream) stream_out(target, buffer, m * element);
-    });
-    if (stream) stream_fence();
+  gather_all(Gather(axes, element), in, element, n, threads, [&](std::int64_t at, const void* source, std::int64_t m, std::int64_t) {
+    if (stream)
+      stream_out(to + at * element, source, m * element);
+    else
+      std::memcpy(to + at * element, source, m * element);
   });
 }
 

@@ -114,6 +114,14 @@ def require_bijections_native(op: str, many: Sequence[Mapping[int, Tensor]], gro
                 require_bijection(index, where(op, group, name, axis))
 
 
+STREAM_BYTES = 8 << 20  # results of a call; fewer are likely to be read again while still in the cache
+
+
+def past_caches(results: Sequence[Tensor]) -> bool:
+    """Whether the results of a call are too large to stay in the cache: they are then written past it."""
+    return sum(t.numel() * t.element_size() for t in results) >= STREAM_BYTES
+
+
 def gather(x: Tensor, perms: Mapping[int, Tensor]) -> Tensor:
     """The law: ``out[i] = x[perm[i]]`` along each axis, whole blocks where the index is shorter than the axis."""
     for axis, index in perms.items():

@@ -18,6 +18,7 @@ from ._permutations import (
     gather,
     native_axes,
     normalize,
+    past_caches,
     require_bijection,
     require_bijections_native,
     where,
@@ -115,6 +116,7 @@ def _permute_cpu(
     moves = prepare(x, perms, out, group, names)
     if check:
         require_bijections_native("permute", [m.perms for m in moves], group, [m.name for m in moves])
+    stream = past_caches([m.result for m in moves])
     for m in moves:
         if m.result.data_ptr() == m.x.data_ptr() and m.result.stride() == m.x.stride():
             _permute_in_place(m)
@@ -123,7 +125,13 @@ def _permute_cpu(
         dense = m.result if m.result.is_contiguous() else torch.empty(m.result.shape, dtype=m.result.dtype)
         axes, _alive = native_axes(source.shape, m.perms)
         _native.lib().permute(
-            dense.data_ptr(), source.data_ptr(), source.element_size(), source.numel(), axes, _native.threads()
+            dense.data_ptr(),
+            source.data_ptr(),
+            source.element_size(),
+            source.numel(),
+            axes,
+            stream,
+            _native.threads(),
         )
         if dense is not m.result:
             m.result.copy_(dense)

@@ -17,6 +17,7 @@ from ._permutations import (
     gather,
     native_axes,
     normalize,
+    past_caches,
     require_bijection,
     require_bijections_native,
     where,
@@ -128,6 +129,7 @@ def _permute_merge_cpu(
     pairs = prepare(base, other, perms, dtype, out, group, names)
     if check:
         require_bijections_native("permute_merge", [p.perms for p in pairs], group, [p.name for p in pairs])
+    stream = past_caches([p.result for p in pairs])
     for p in pairs:
         b, t = p.base.contiguous(), p.other.contiguous()
         dense = p.result if p.result.is_contiguous() else torch.empty(p.result.shape, dtype=p.result.dtype)
@@ -142,6 +144,7 @@ def _permute_merge_cpu(
             b.numel(),
             axes,
             weight,
+            stream,
             _native.threads(),
         )
         if dense is not p.result:
