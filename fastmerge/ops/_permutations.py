@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _native
-
 Perms = Mapping[int, "Tensor | Sequence[int]"]
 
 
@@ -99,27 +97,6 @@ def native_axes(shape: Sequence[int], perms: Mapping[int, Tensor]) -> tuple[list
         alive.append(axis.index.to("cpu", torch.int64).contiguous())
         axes.append((axis.size, alive[-1].data_ptr()))
     return axes, alive
-
-
-def require_bijections_native(op: str, many: Sequence[Mapping[int, Tensor]], group: str, names: Sequence[str]) -> None:
-    """:func:`require_bijection` for every index of a call, in C++, each tensor of indices once."""
-    checked: set[int] = set()
-    for perms, name in zip(many, names, strict=True):
-        for axis, index in perms.items():
-            if id(index) in checked:
-                continue
-            checked.add(id(index))
-            dense = index.to(torch.int64).contiguous()
-            if _native.lib().check_permutation(dense.data_ptr(), dense.numel()) >= 0:
-                require_bijection(index, where(op, group, name, axis))
-
-
-STREAM_BYTES = 8 << 20  # results of a call; fewer are likely to be read again while still in the cache
-
-
-def past_caches(results: Sequence[Tensor]) -> bool:
-    """Whether the results of a call are too large to stay in the cache: they are then written past it."""
-    return sum(t.numel() * t.element_size() for t in results) >= STREAM_BYTES
 
 
 def gather(x: Tensor, perms: Mapping[int, Tensor]) -> Tensor:

@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _cuda, _native
 from .._dispatch import op
-from ._checks import compute_dtype, require_float, require_like, result_like
-from ._permutations import (
-    Perms,
-    as_lists,
-    gather,
-    native_axes,
-    normalize,
-    past_caches,
-    require_bijection,
-    require_bijections_native,
-    where,
+from ._checks import compute_dtype
+from ._permutations import Perms, gather
+from ._permute_call import (
+    CASES,
+    SPECIAL,
+    Task,
+    Tensors,
+    answer,
+    case,
+    check_native,
+    check_reference,
+    flat,
+    group_case,
+    prepare,
+    run_cuda,
+    run_native,
 )
-from ._permute_cuda import add_gather, require_bijections, too_many_axes
-
-
-class Pair(NamedTuple):
-    """One pair of tensors of a call, validated."""
-
-    base: Tensor
-    other: Tensor
-    perms: dict[int, Tensor]
-    result: Tensor  # the tensor to fill
-    fresh: bool  # result was allocated by us
-    name: str
-
-
-def prepare(
-    base: Tensor | Sequence[Tensor],
-    other: Tensor | Sequence[Tensor],
-    perms: Perms | Sequence[Perms],
-    dtype: torch.dtype | None,
-    out: Tensor | Sequence[Tensor] | None,
-    group: str,
-    names: str | Sequence[str],
-) -> list[Pair]:
-    """Every pair of a call with its permutations (lengths and dtypes checked) and the tensor to fill."""
-    (bases, others, outs), many, labels = as_lists("permute_merge", (base, other, out), perms, names)
-    pairs = []
-    for b, t, o, p, name in zip(bases, others, outs, many, labels, strict=True):
-        assert b is not None
-        assert t is not None
-        require_float("permute_merge", **{f"tensor {name!r}" if name else "base": b})
-        require_like("permute_merge", b, [t], f"other of {name!r}" if name else "other")
-        if o is not None and o.data_ptr() == t.data_ptr() and o.numel():
-            raise ValueError("permute_merge: out may be base, but not other: its elements are read in another order")
-        found = normalize("permute_merge", b.shape, p, group, name)
-        pairs.append(Pair(b, t, found, result_like("permute_merge", b, dtype, o), o is None, name))
-    return pairs
+from ._permute_cuda import too_many_axes
 
 
 @op(numerics="A", kind="elementwise")
@@ -92,163 +61,84 @@ def permute_merge(
     Raises: as :func:`permute`; ValueError when shapes or devices differ or `out` is `other`.
     Source: MuDSC (arXiv:2403.01753), sec. 3; Git Re-Basin (arXiv:2209.04836).
     """
-    pairs = prepare(base, other, perms, dtype, out, group, names)
+    tasks = prepare("permute_merge", other, base, perms, dtype=dtype, out=out, group=group, names=names)
     if check:
-        for p in pairs:
-            for axis, index in p.perms.items():
-                require_bijection(index, where("permute_merge", group, p.name, axis))
+        check_reference("permute_merge", tasks, group)
     results = []
-    for p in pairs:
-        compute = compute_dtype(p.base, p.other)
-        left = p.base.to(compute) * torch.tensor(1.0 - weight, dtype=compute)
-        total = left + gather(p.other, p.perms).to(compute) * torch.tensor(weight, dtype=compute)
-        differentiable = torch.is_grad_enabled() and total.requires_grad and p.fresh
-        results.append(total.to(p.result.dtype) if differentiable else p.result.copy_(total))
+    for t in tasks:
+        assert t.base is not None
+        compute = compute_dtype(t.base, t.source)
+        left = t.base.to(compute) * torch.tensor(1.0 - weight, dtype=compute)
+        total = left + gather(t.source, t.perms).to(compute) * torch.tensor(weight, dtype=compute)
+        differentiable = torch.is_grad_enabled() and total.requires_grad and t.fresh
+        results.append(total.to(t.result.dtype) if differentiable else t.result.copy_(total))
     return results[0] if isinstance(base, Tensor) else results
 
 
-def _flat(*values: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    return [t for v in values if v is not None for t in ([v] if isinstance(v, Tensor) else v)]
-
-
 @permute_merge.backend(
-    "cpu", when=lambda base, other, perms, weight=0.5, *, out=None, **_: _native.cpu_why_not(*_flat(base, other, out))
+    "cpu", when=lambda base, other, perms, weight=0.5, *, out=None, **_: _native.cpu_why_not(*flat(base, other, out))
 )
 def _permute_merge_cpu(
-    base: Tensor | Sequence[Tensor],
-    other: Tensor | Sequence[Tensor],
+    base: Tensors,
+    other: Tensors,
     perms: Perms | Sequence[Perms],
     weight: float = 0.5,
     *,
     dtype: torch.dtype | None = None,
-    out: Tensor | Sequence[Tensor] | None = None,
+    out: Tensors | None = None,
     check: bool = True,
     group: str = "",
     names: str | Sequence[str] = "",
 ) -> Tensor | list[Tensor]:
-    pairs = prepare(base, other, perms, dtype, out, group, names)
+    tasks = prepare("permute_merge", other, base, perms, dtype=dtype, out=out, group=group, names=names)
     if check:
-        require_bijections_native("permute_merge", [p.perms for p in pairs], group, [p.name for p in pairs])
-    stream = past_caches([p.result for p in pairs])
-    for p in pairs:
-        b, t = p.base.contiguous(), p.other.contiguous()
-        dense = p.result if p.result.is_contiguous() else torch.empty(p.result.shape, dtype=p.result.dtype)
-        axes, _alive = native_axes(t.shape, p.perms)
-        _native.lib().permute_merge(
-            dense.data_ptr(),
-            _native.DTYPES[dense.dtype],
-            b.data_ptr(),
-            _native.DTYPES[b.dtype],
-            t.data_ptr(),
-            _native.DTYPES[t.dtype],
-            b.numel(),
-            axes,
-            weight,
-            stream,
-            _native.threads(),
-        )
-        if dense is not p.result:
-            p.result.copy_(dense)
-    return pairs[0].result if isinstance(base, Tensor) else [p.result for p in pairs]
+        check_native("permute_merge", tasks, group)
+
+    def kernel(t: Task, dense: Tensor, source: Tensor, axes: list[tuple[int, int]], stream: bool) -> None:
+        assert t.base is not None
+        left = t.base.contiguous()
+        arrays = [v for x in (dense, left, source) for v in (x.data_ptr(), _native.DTYPES[x.dtype])]
+        _native.lib().permute_merge(*arrays, source.numel(), axes, weight, stream, _native.threads())
+
+    run_native(tasks, kernel)
+    return answer(base, tasks)
 
 
 def _cuda_why_not(base, other, perms, weight=0.5, *, dtype=None, out=None, **_):  # type: ignore[no-untyped-def]
-    tensors = _flat(base, other, out)
-    reason = _cuda.why_not(*tensors)
+    reason = _cuda.why_not(*flat(base, other, out))
     if reason is None:
-        for p in prepare(base, other, perms, dtype, out, "", ""):
-            if not p.base.dtype == p.other.dtype == p.result.dtype:
-                return f"dtypes {p.base.dtype}, {p.other.dtype} and {p.result.dtype} differ"
-            reason = reason or too_many_axes(p.base.shape, p.perms)
+        for t in prepare("permute_merge", other, base, perms, dtype=dtype, out=out):
+            assert t.base is not None
+            if not t.base.dtype == t.source.dtype == t.result.dtype:
+                return f"dtypes {t.base.dtype}, {t.source.dtype} and {t.result.dtype} differ"
+            reason = reason or too_many_axes(t.base.shape, t.perms)
     return reason
 
 
 @permute_merge.backend("cuda", when=_cuda_why_not)
 def _permute_merge_cuda(
-    base: Tensor | Sequence[Tensor],
-    other: Tensor | Sequence[Tensor],
+    base: Tensors,
+    other: Tensors,
     perms: Perms | Sequence[Perms],
     weight: float = 0.5,
     *,
     dtype: torch.dtype | None = None,
-    out: Tensor | Sequence[Tensor] | None = None,
+    out: Tensors | None = None,
     check: bool = True,
     group: str = "",
     names: str | Sequence[str] = "",
 ) -> Tensor | list[Tensor]:
-    pairs = prepare(base, other, perms, dtype, out, group, names)
-    device = pairs[0].base.device
-    if check:
-        require_bijections("permute_merge", [p.perms for p in pairs], group, [p.name for p in pairs], device)
-    launches = _cuda.Launches(device)
-    filled: list[tuple[Tensor, Tensor]] = []  # (result, what the kernel fills) where they differ
-    for p in pairs:
-        b, t = p.base.contiguous(), p.other.contiguous()
-        launches.alive += [b, t]
-        dense = p.result if p.result.is_contiguous() else torch.empty(b.shape, dtype=b.dtype, device=device)
-        add_gather(launches, dense, t, t.shape, p.perms, b, weight)
-        if dense is not p.result:
-            filled.append((p.result, dense))
-    launches.run()
-    for result, dense in filled:
-        result.copy_(dense)
-    return pairs[0].result if isinstance(base, Tensor) else [p.result for p in pairs]
+    tasks = prepare("permute_merge", other, base, perms, dtype=dtype, out=out, group=group, names=names)
+    run_cuda("permute_merge", tasks, weight=weight, check=check, group=group)
+    return answer(base, tasks)
 
 
-def _case(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], **perms: int):  # type: ignore[no-untyped-def]
-    base, other = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
-    return (base, other, {int(k[1:]): torch.randperm(n, generator=g) for k, n in perms.items()}), {"weight": 0.3}
-
-
-@permute_merge.case("rows of a matrix")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (70, 264), a0=70)
-
-
-@permute_merge.case("columns of a matrix, odd size")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (37, 131), a1=131)
-
-
-@permute_merge.case("rows and columns")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (129, 96), a0=129, a1=96)
-
-
-@permute_merge.case("convolution, both channel axes")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (24, 17, 3, 3), a0=24, a1=17)
-
-
-@permute_merge.case("heads as blocks, and input columns")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (96, 40), a0=12, a1=40)
-
-
-@permute_merge.case("bias")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (257,), a0=257)
-
-
-@permute_merge.case("no permutation, 0-d")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, ())
-
-
-@permute_merge.case("empty")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    return _case(g, dtype, (0, 6), a1=6)
+for _name, (_shape, _slices) in CASES.items():
+    permute_merge.case(_name)(case(_shape, _slices, 2, {"weight": 0.3}))
+permute_merge.case("a group of tensors in one call")(group_case(2))
 
 
 @permute_merge.case("special values, weight 0")
 def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    base = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), 1e-40, -65504.0]] * 2).to(dtype)
+    base = torch.tensor([SPECIAL] * 2).to(dtype)
     return (base, base.flip(1), {1: torch.randperm(6, generator=g).int()}), {"weight": 0.0}
-
-
-@permute_merge.case("a group of tensors in one call")
-def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    shared, heads = torch.randperm(48, generator=g), torch.randperm(6, generator=g)
-    shapes = [(48, 33), (48,), (20, 48), (7, 48, 3)]
-    bases, others = ([torch.randn(s, generator=g).to(dtype) for s in shapes] for _ in range(2))
-    return (bases, others, [{0: shared}, {0: heads}, {1: shared}, {1: shared}]), {"group": "p"}

@@ -43,3 +43,33 @@ def test_bad_input_is_named(backend):
         permute_merge(a, other := torch.zeros(3), {0: [2, 1, 0]}, out=other, backend=backend)
     with pytest.raises(ValueError, match="tensor 'fc', axis 0: not a permutation"):
         permute_merge(a, torch.zeros(3), {0: [1, 1, 0]}, names="fc", backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight", [0.5, 0.3, -2.0])
+def test_every_kind_of_bits_in_tiles_and_rows(dtype, weight):
+    """Random bits: NaN, Inf, subnormals, overflow; permuted columns (tiles with a rest both ways) and rows alone."""
+    g = torch.Generator().manual_seed(1)
+    word = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    low, high = torch.iinfo(word).min, torch.iinfo(word).max
+    base, other = (torch.randint(low, high, (75, 613), generator=g, dtype=word).view(dtype) for _ in range(2))
+    rows, columns = torch.randperm(75, generator=g), torch.randperm(613, generator=g)
+    for perms in ({0: rows}, {1: columns}, {0: rows, 1: columns}):
+        got = permute_merge(base, other, perms, weight, backend="cpu")
+        assert_same_bits(got, permute_merge(base, other, perms, weight, backend="reference"))
+        assert torch.equal(
+            permute(other, perms, backend="cpu").view(word), permute(other, perms, backend="reference").view(word)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_past_the_caches_and_within_give_the_same_bits(dtype, monkeypatch):
+    from fastmerge.ops import _permute_call
+
+    g = torch.Generator().manual_seed(1)
+    base, other = (torch.randn(65, 333, generator=g).to(dtype) for _ in range(2))
+    perms = {0: torch.randperm(65, generator=g), 1: torch.randperm(333, generator=g)}
+    within = permute_merge(base, other, perms), permute(other, perms)
+    monkeypatch.setattr(_permute_call, "STREAM_BYTES", 0)
+    assert_same_bits(permute_merge(base, other, perms), within[0])
+    assert_same_bits(permute(other, perms), within[1])
