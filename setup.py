@@ -22,7 +22,9 @@ class CMakeBuild(build_ext):
 
         here = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(os.environ.get("FASTMERGE_BUILD_DIR", here / "build" / f"cmake-{BUILD}"))
+        work = Path(
+            os.environ.get("FASTMERGE_BUILD_DIR", here / "build" / f"cmake-{BUILD}-{sys.implementation.cache_tag}")
+        )
         work.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(here), "-B", str(work), "-G", "Ninja", "--fresh",

@@ -43,12 +43,10 @@ def _write(out: Path, template: Checkpoint, source: str, state: dict[str, Tensor
 
 
 def _options(checkpoint: Checkpoint, heads: int | None, kv_heads: int | None) -> dict[str, Any]:
-    config = checkpoint.config()
-    out = {
-        "heads": heads or config.get("num_attention_heads") or config.get("n_head"),
-        "kv_heads": kv_heads or config.get("num_key_value_heads"),
-    }
-    return {k: v for k, v in out.items() if v is not None}
+    from .structure.naming import heads_in_config
+
+    given = {"heads": heads, "kv_heads": kv_heads}
+    return {**heads_in_config(checkpoint.config()), **{k: v for k, v in given.items() if v is not None}}
 
 
 def align(

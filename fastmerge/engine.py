@@ -182,8 +182,11 @@ def run(
             return report
         # The fit pass comes before anything is written: it may still find the recipe wrong for these tensors.
         files.tick = _ticker(job, progress)
-        plan = job.fit()
-        writer = Writer.start(out, layout, _identity(job, recipe, layout), resume=resume, force=force)
+        try:
+            plan = job.fit()
+            writer = Writer.start(out, layout, _identity(job, recipe, layout), resume=resume, force=force)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted before anything was merged", remedy="run again to start over") from None
         try:
             fleet = Fleet([Stage(*both) for both in zip(choice.devices, budgets, strict=True)], pool)
             _fill(job, writer, plan, report, fleet)
@@ -257,6 +260,7 @@ def _fill(job: Job, writer: Writer, plan: Any, report: Report, fleet: Fleet) -> 
     for t in job.planned:
         clock = Clock()
         if t.name in finished:
+            job.skipped_bytes += job.apply_bytes(t)
             done(t, "resumed", clock, 0, 0)
         elif t.copied:
             read, wrote = job.files.bytes_read, writer.bytes_written
@@ -304,7 +308,7 @@ def _ticker(job: Job, progress: Progress | None) -> Callable[[], None]:
         nonlocal last
         if progress is not None and (now := time.monotonic()) - last > 0.1:
             last = now
-            progress(min(job.files.bytes_read, job.read_bytes), job.read_bytes, "merge")
+            progress(min(job.files.bytes_read + job.skipped_bytes, job.read_bytes), job.read_bytes, "merge")
 
     return tick
 

@@ -56,6 +56,8 @@ class Job:
             problems = [p for t in self.planned if t.copied and (p := check_equal(t)) is not None]
         raise_all(problems, "the inputs")
         merged = [t for t in self.planned if not t.copied]
+        if method.check_pass is not None:
+            method.check_pass([_header(t) for t in merged])
         widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
         try:
             self.chunk = chunk_elements(len(models) + 2, max(widest, 4), pool.workers, max_memory)
@@ -64,11 +66,16 @@ class Job:
                 f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
             ) from error
         passes = 1 + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
-        self.input_bytes = sum(s.nbytes for t in merged for s in [*t.models, *([t.base] if t.base else [])])
+        self.input_bytes = sum(t.input_bytes for t in merged)
         # an upper bound: a fit pass reads nothing for parameters that need no fit
         self.read_bytes = passes * self.input_bytes
+        self.skipped_bytes = 0  # of what a resumed job need not read again
         self.merged_bytes = sum(t.numel * t.dtype.itemsize for t in merged)
         self.total_bytes = self.read_bytes + self.merged_bytes
+
+    def apply_bytes(self, tensor: Planned) -> int:
+        """What scan and apply read of a tensor."""
+        return 0 if tensor.copied else tensor.input_bytes * (1 + (self.method.scan_pass is not None))
 
     def choose(self, device: str) -> Choice:
         """The devices that `device` stands for, for this job."""
@@ -153,11 +160,7 @@ class Job:
         """The files the method writes beside the merged weights, with their sizes as far as headers tell."""
         if self.method.plan_pass is None:
             return {}
-        headers = [
-            Header(t.name, t.reference.shape, t.dtype, t.plan.parameters, t.plan.models)
-            for t in self.planned
-            if not t.copied
-        ]
+        headers = [_header(t) for t in self.planned if not t.copied]
         return self.method.plan_pass(headers, [str(ref) for ref in self.recipe.inputs])
 
     def write_files(self, folder: Path) -> dict[str, int]:
@@ -208,6 +211,11 @@ class Job:
         else:
             base, models = stream.whole()
             stream.emit(method(base, models, context, parameters))
+
+
+def _header(t: Planned) -> Header:
+    config = t.models[0].checkpoint.config()
+    return Header(t.name, tuple(t.reference.shape), t.dtype, t.plan.parameters, t.plan.models, config)
 
 
 def _nowhere(offset: int, values: Tensor) -> None:

@@ -33,7 +33,9 @@ def _checkpoint(model: Model, label: str, allow_pickle: bool) -> Checkpoint:
     if isinstance(model, (str, Path)):
         return open_checkpoint(model, allow_pickle=allow_pickle)
     if isinstance(model, nn.Module):
-        return from_state_dict(model.state_dict(), label)
+        from .structure.naming import heads_of
+
+        return from_state_dict(model.state_dict(), label, heads_of(model))
     if isinstance(model, Mapping):
         return from_state_dict(model, label)
     raise BadInput(

@@ -36,6 +36,11 @@ class Planned:
         return self.plan.name
 
     @property
+    def input_bytes(self) -> int:
+        """Of base and models."""
+        return sum(s.nbytes for s in [*self.models, *([self.base] if self.base else [])])
+
+    @property
     def numel(self) -> int:
         n = 1
         for d in self.reference.shape:

@@ -69,3 +69,8 @@ def _modules_after(code: str) -> set[str]:
 def test_nothing_heavy_is_imported_before_it_is_needed(code):
     heavy = {"torch", "numpy", "scipy", "pydantic", "yaml", "huggingface_hub", "transformers", "triton", "matplotlib"}
     assert not heavy & _modules_after(code)
+
+
+def test_the_engine_imports_only_what_every_merge_needs():
+    heavy = {"scipy.optimize", "transformers", "huggingface_hub", "triton", "matplotlib", "fastmerge.structure"}
+    assert not heavy & _modules_after("import fastmerge.engine, fastmerge.recipe, fastmerge.cli")

@@ -98,8 +98,6 @@ class Merger:
         method, inputs = get(name), inputs_for(get(name), list(self.family.tasks))
         if isinstance(inputs, str):
             return inputs
-        if "heads" in method.parameters:
-            return "needs the number of attention heads, which shapes do not tell"
         base = None if inputs.base is None else self.states[inputs.base]
         models = [self.states[m] for m in inputs.models]
 

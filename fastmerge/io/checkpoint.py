@@ -37,6 +37,7 @@ class Checkpoint:
     aliases: dict[str, str] = field(default_factory=dict)  # tied name -> the name that holds its data
     metadata: dict[str, str] = field(default_factory=dict)
     pickles: list[Path] = field(default_factory=list)  # the files that resident tensors came from
+    _config: dict[str, Any] | None = None
 
     def names(self) -> list[str]:
         """Names in checkpoint order (file order, shard by shard), tied aliases excluded."""
@@ -73,7 +74,12 @@ class Checkpoint:
         return sum(self.nbytes(n) for n in self.names())
 
     def config(self) -> dict[str, Any]:
-        """config.json as a dict, empty when there is none."""
+        """config.json as a dict (for a module in memory its `config`), empty when there is none."""
+        if self._config is None:
+            self._config = self._read_config()
+        return self._config
+
+    def _read_config(self) -> dict[str, Any]:
         if self.folder is None or not (self.folder / "config.json").is_file():
             return {}
         try:
@@ -85,9 +91,12 @@ class Checkpoint:
         return loaded if isinstance(loaded, dict) else {}
 
 
-def from_state_dict(state: Mapping[str, Any], label: str) -> Checkpoint:
-    """A checkpoint over tensors in memory; names that share one storage view become aliases of the first."""
-    out = Checkpoint(label, None)
+def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint over tensors in memory; names that share one storage view become aliases of the first.
+
+    config: what config.json would say of the model, where that is known.
+    """
+    out = Checkpoint(label, None, _config=config)
     seen: dict[tuple[Any, ...], str] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):

@@ -6,6 +6,7 @@ optionally ``context: Context``. It returns a ``Weight``, or a ``Delta`` that th
 
 Passes, each optional::
 
+    @ties.check    # once per job, on names, shapes and parameters: raises BadInput
     @ties.fit      # once per job: sees every tensor; result is context.plan
     @ties.scan     # once per tensor, before it is applied; result is context.state
 
@@ -145,6 +146,7 @@ class TensorStream(Protocol):
     out_dtype: torch.dtype
     compute: torch.dtype  # of the arithmetic: float32, or float64 when an input is
     resident: bool  # everything is in memory already
+    config: Mapping[str, Any]  # the first model's config.json; empty when there is none
     parameters: Mapping[str, Any]
 
     def read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
@@ -210,6 +212,7 @@ class Header:
     dtype: torch.dtype  # of the result
     parameters: Mapping[str, Any]
     models: tuple[int, ...]  # which of the recipe's models take part
+    config: Mapping[str, Any] = field(default_factory=dict)  # the first model's config.json, empty without one
 
 
 @dataclass
@@ -243,12 +246,21 @@ class Method:
     wants_context: bool = False
     summary: str = ""
     description: str = ""
+    check_pass: Callable[..., None] | None = None
     fit_pass: Callable[..., Any] | None = None
     scan_pass: Callable[..., Any] | None = None
     plan_pass: Callable[[Sequence[Header], Sequence[str]], dict[str, int]] | None = None
     files_pass: Callable[..., dict[str, int]] | None = None
     needs_data: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
+
+    def check(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Register ``check(tensors: Sequence[Header])``, which raises BadInput for what no parameter's range shows.
+
+        It runs before a byte is read or written, in dry runs too.
+        """
+        self.check_pass = function
+        return function
 
     def fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register ``fit(tensors: Iterable[TensorStream], seed) -> plan`` (None = nothing to fit for these parameters)."""

@@ -15,7 +15,7 @@ from ..errors import BadInput
 from ..ops.rescale import L1Stream
 from ..ops.threshold import Rule, Threshold, Window
 from ..ops.threshold_stream import ThresholdStream
-from ._method import TensorStream
+from ._method import Header, TensorStream
 
 WHOLE = 1 << 18  # elements up to which a tensor is read at once instead of streamed
 
@@ -36,14 +36,18 @@ def model_thresholds(tensors: Iterable[TensorStream]) -> list[Rule] | None:
     every = sorted(tensors, key=lambda t: t.start)
     if not every or every[0].parameters["scope"] != "model":
         return None
-    density = every[0].parameters["density"]
-    for t in every:
-        if t.parameters["scope"] != "model" or t.parameters["density"] != density:
+    return _stream([t for t in every if t.numel], every[0].parameters["density"], None)
+
+
+def check_scope(tensors: Sequence[Header]) -> None:
+    """A selection over the whole model has one scope and one density per model; raises BadInput for the tensor that differs."""
+    ordered = sorted(tensors, key=lambda t: t.parameters["scope"] != "model")
+    for t in ordered[1:] if ordered and ordered[0].parameters["scope"] == "model" else ():
+        if any(t.parameters[key] != ordered[0].parameters[key] for key in ("scope", "density")):
             raise BadInput(
                 f"with scope: model, scope and density must be the same for every tensor, but {t.name!r} differs",
                 remedy="give them without filters and gradients, or use scope: tensor",
             )
-    return _stream([t for t in every if t.numel], density, None)
 
 
 def of_tensor(rules: Sequence[Rule], tensor: TensorStream) -> list[Rule]:
@@ -102,4 +106,4 @@ def l1_factors(tensor: TensorStream, **trim: Any) -> list[float]:
     return sums.finish()
 
 
-__all__ = ["Threshold", "Window", "l1_factors", "model_thresholds", "of_tensor", "tensor_thresholds"]
+__all__ = ["Threshold", "Window", "check_scope", "l1_factors", "model_thresholds", "of_tensor", "tensor_thresholds"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from torch import Tensor
@@ -7,18 +8,13 @@ from torch import Tensor
 from .. import ops
 from ..errors import BadInput
 from ..ops.rescale import L1Stream
-from ._method import Context, Density, PerModel, Range, TensorStream, method
+from ._method import Context, Density, Header, PerModel, Range, TensorStream, method
 
 Epsilon = Annotated[float, Range(0.0, 1.0)]
 
 
 def _merge(tensor: TensorStream, context: Context, elect: Literal["sum"] | None, **p: Any) -> None:
     """Ranks need whole rows, so that chunks are whole rows too."""
-    for d, e in zip(p["density"], p["epsilon"], strict=True):
-        if 0 < d < 1 and not (d - e > 0 and d + e < 1):
-            raise BadInput(
-                f"density {d} ± epsilon {e} must lie strictly inside (0, 1)", where=tensor.name, remedy="lower epsilon"
-            )
     row = tensor.shape[-1] if len(tensor.shape) >= 2 else tensor.numel
     trim: dict[str, Any] = {"trim": "rank_random", "density": p["density"], "epsilon": p["epsilon"]}
     trim |= {"seed": context.seed, "name": tensor.name}
@@ -88,3 +84,16 @@ def della_linear(
         tensor, context, None, weight=weight, density=density, epsilon=epsilon, normalize=normalize,
         rescale=rescale, rescale_norm=rescale_norm, lambda_=lambda_,
     )  # fmt: skip
+
+
+@della.check
+@della_linear.check
+def _check(tensors: Sequence[Header]) -> None:
+    for tensor in tensors:
+        for d, e in zip(tensor.parameters["density"], tensor.parameters["epsilon"], strict=True):
+            if 0 < d < 1 and not (d - e > 0 and d + e < 1):
+                raise BadInput(
+                    f"density {d} ± epsilon {e} must lie strictly inside (0, 1)",
+                    where=tensor.name,
+                    remedy="lower epsilon",
+                )

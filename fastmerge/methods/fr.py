@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import BadInput
 from ..ops.abs_sum import BLOCK
 from ._fr_rules import Rule, resolve
-from ._method import Context, Help, PerModel, Range, TensorStream, method
+from ._method import Context, Header, Help, PerModel, Range, TensorStream, method
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,21 @@ def fr(
     tensor.emit(delta, add_base=True)
 
 
+@fr.check
+def _check(tensors: Sequence[Header]) -> None:
+    count: int | None = None
+    for tensor in tensors:
+        rule = resolve(tensor.parameters)
+        if not (rule.measured and rule.scope == "model" and rule.filters(tensor.name, tensor.shape)):
+            continue
+        count = len(tensor.models) if count is None else count
+        if len(tensor.models) != count:
+            raise BadInput(
+                f"tensor {tensor.name!r} merges {len(tensor.models)} models, others {count}",
+                remedy="coefficients of whole models need the same models everywhere: add scope: tensor",
+            )
+
+
 @fr.fit
 def _fit(tensors: Iterable[TensorStream], seed: int) -> Magnitudes | None:
     sums: list[float] | None = None
@@ -93,11 +108,6 @@ def _fit(tensors: Iterable[TensorStream], seed: int) -> Magnitudes | None:
         here = _abs_sums(tensor)
         if sums is None:
             sums = [0.0] * len(here)
-        if len(here) != len(sums):
-            raise BadInput(
-                f"tensor {tensor.name!r} merges {len(here)} models, others {len(sums)}",
-                remedy="coefficients of whole models need the same models everywhere: add scope: tensor",
-            )
         sums = [s + h for s, h in zip(sums, here, strict=True)]
         count += tensor.numel
     return None if sums is None else Magnitudes(tuple(s / max(count, 1) for s in sums))

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ._method import Context, Models, PerModel, TensorStream, Weight, method
+from ._method import Context, Header, Models, PerModel, TensorStream, Weight, method
 
 if TYPE_CHECKING:
-    from ..structure import Alignment
+    from ..structure import Alignment, PermutationSpec
 
 
 @method(paper="arXiv:2403.01753", base="ignored", grain="tensor")
@@ -26,8 +27,8 @@ def mudsc(
     """Align the models to the first one by permutations found from the weights alone, then average them.
 
     `architecture` names the permutation spec (recognised by the names of the tensors when absent); `heads` and
-    `kv_heads` are needed where shapes do not tell them. BatchNorm statistics are averaged only: re-estimate them with
-    data (fastmerge.mudsc does).
+    `kv_heads` are needed where neither shapes nor the first model's config.json tell them. BatchNorm statistics are
+    averaged only: re-estimate them with data (fastmerge.mudsc does).
     """
     from ..ops import permute_merge
 
@@ -51,25 +52,41 @@ def mudsc(
     return merged
 
 
+def _spec(tensor: Header | TensorStream, state: Mapping[str, Tensor]) -> PermutationSpec:
+    """The shipped spec for a state, as the parameters and the configuration of its first tensor say."""
+    from ..structure import named_spec
+    from ..structure.naming import heads_in_config
+
+    p = tensor.parameters
+    given = {k: p[k] for k in ("heads", "kv_heads") if p.get(k) is not None}
+    return named_spec(p.get("architecture"), state, **{**heads_in_config(tensor.config), **given})
+
+
+@mudsc.check
+def _check(tensors: Sequence[Header]) -> None:
+    for t in tensors:
+        if len(t.models) != len(tensors[0].models):
+            raise BadInput(
+                f"tensor {t.name!r} merges {len(t.models)} models, others {len(tensors[0].models)}",
+                remedy="name the same models for every tensor: a permutation spans the whole model",
+            )
+    if tensors:
+        _spec(tensors[0], {t.name: torch.empty(t.shape, device="meta") for t in tensors})
+
+
 @mudsc.fit
 def _fit(tensors: Iterable[TensorStream], seed: int) -> Any:
     """The alignment of all models; reads every tensor once and holds them (a permutation group spans the model)."""
-    from ..structure import align, named_spec
+    from ..structure import align
 
     states: list[dict[str, Tensor]] = []
-    options: dict[str, Any] = {}
-    architecture: str | None = None
+    first: TensorStream | None = None
     for t in tensors:
-        numel = 1
-        for n in t.shape:
-            numel *= n
-        _, models = t.read(0, numel)
-        if not states:
-            states = [{} for _ in models]
-            architecture = t.parameters.get("architecture")
-            options = {k: t.parameters[k] for k in ("heads", "kv_heads") if t.parameters.get(k) is not None}
-        if len(models) != len(states):
-            raise BadInput(f"tensor {t.name!r} merges {len(models)} models, others {len(states)}")
+        _, models = t.read(0, t.numel)
+        first = first or t
+        states = states or [{} for _ in models]
         for state, x in zip(states, models, strict=True):
             state[t.name] = x.clone().view(t.shape)
-    return align(states, named_spec(architecture, states[0], **options), seed=seed)
+    if first is None:
+        return None  # nothing but integer buffers
+    return align(states, _spec(first, states[0]), seed=seed)

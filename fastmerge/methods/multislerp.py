@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import BadInput
 from ._gram import multislerp_coefficients, stream_gram
-from ._method import Context, Models, PerModel, Range, TensorStream, Weight, method
+from ._method import Context, Header, Models, PerModel, Range, TensorStream, Weight, method
 
 
 @method(base="optional", models=(2, None), grain="element")
@@ -25,17 +26,22 @@ def multislerp(
     return out
 
 
+@multislerp.check
+def _(tensors: Sequence[Header]) -> None:
+    for tensor in tensors:
+        if tensor.parameters["normalize_weights"] and sum(tensor.parameters["weight"]) == 0:
+            raise BadInput(
+                f"the weights {list(tensor.parameters['weight'])} sum to 0",
+                where=tensor.name,
+                remedy="change them, or set normalize_weights: false",
+            )
+
+
 @multislerp.scan
 def _(tensor: TensorStream, plan: Any) -> Any:
     weight = list(tensor.parameters["weight"])
     if tensor.parameters["normalize_weights"]:
         total = sum(weight)
-        if total == 0:
-            raise BadInput(
-                f"the weights {weight} sum to 0",
-                where=tensor.name,
-                remedy="change them, or set normalize_weights: false",
-            )
         weight = [w / total for w in weight]
     try:
         return multislerp_coefficients(stream_gram(tensor, deltas=tensor.has_base), weight, tensor.parameters["eps"])

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
 from .. import ops
-from ._method import Context, Density, Models, PerModel, TensorStream, Weight, method
-from ._thresholds import model_thresholds, of_tensor, tensor_thresholds
+from ._method import Context, Density, Header, Models, PerModel, TensorStream, Weight, method
+from ._thresholds import check_scope, model_thresholds, of_tensor, tensor_thresholds
 
 
 @method(paper="arXiv:2306.01708", grain="element")
@@ -42,6 +42,11 @@ def ties(
         out=context.out,
     )
     return out
+
+
+@ties.check
+def _(tensors: Sequence[Header]) -> None:
+    check_scope(tensors)
 
 
 @ties.fit

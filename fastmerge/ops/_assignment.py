@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
 def assign(score: Tensor) -> Tensor:
     """Column matched to each row, [n] int64, maximising the sum of score[i, column[i]]; score is [n, n], finite."""
+    from scipy.optimize import linear_sum_assignment  # half a second that other merges need not pay
+
     _, columns = linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns.astype(np.int64))
 
@@ -20,6 +21,8 @@ def assign_groups(score: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     score is [g·s, g·s]; the worth of pairing two groups is the best total over matchings of their units. g² assignments
     of size s and one of size g.
     """
+    from scipy.optimize import linear_sum_assignment
+
     n = score.shape[0]
     s = n // groups
     blocks = score.detach().cpu().reshape(groups, s, groups, s).permute(0, 2, 1, 3).contiguous().numpy()

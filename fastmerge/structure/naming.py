@@ -21,14 +21,33 @@ def state_of(model: Any, label: str = "model") -> Mapping[str, Tensor]:
     raise BadInput(f"{label} must be an nn.Module or a state dict, not {type(model).__name__}")
 
 
+# What a config calls them: Hugging Face's names, GPT-2's, timm's; the last of each is our own.
+_IN_CONFIG = {
+    "heads": ("num_attention_heads", "n_head", "num_heads", "heads"),
+    "kv_heads": ("num_key_value_heads", "kv_heads"),
+    "norm_groups": ("norm_groups",),
+}
+
+
+def heads_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of heads that a config.json tells, its vision or text part included (CLIP); only whole numbers count."""
+    out: dict[str, Any] = {}
+    parts = [config, *(config.get(k) for k in ("vision_config", "text_config"))]
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        for key, names in _IN_CONFIG.items():
+            for name in names:
+                if key not in out and type(part.get(name)) is int:
+                    out[key] = part[name]
+    return out
+
+
 def heads_of(model: Any) -> dict[str, Any]:
     """Numbers of heads, from a Hugging Face config or from the attributes of attention modules."""
-    out: dict[str, Any] = {}
     config = getattr(model, "config", None)
-    for key, names in {"heads": ("num_attention_heads", "n_head"), "kv_heads": ("num_key_value_heads",)}.items():
-        for name in names:
-            if getattr(config, name, None) is not None:
-                out[key] = getattr(config, name)
+    found_in = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
+    out = heads_in_config(found_in)
     if "heads" not in out and isinstance(model, nn.Module):
         found = {m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int)}
         if len(found) == 1:

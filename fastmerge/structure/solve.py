@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .permutation import PermutationSpec
@@ -27,6 +26,8 @@ class Match:
 
 
 def _assign(score: np.ndarray) -> tuple[np.ndarray, float]:
+    from scipy.optimize import linear_sum_assignment
+
     # scipy works on a float64 matrix it may use as it is when it minimises: one copy instead of three
     rows, columns = linear_sum_assignment(np.negative(score, dtype=np.float64))
     return columns, float(score[rows, columns].sum(dtype=np.float64))

@@ -12,6 +12,7 @@ import fastmerge as fm
 from fastmerge.cli_align import register
 from fastmerge.errors import BadInput
 from fastmerge.structure import align, named_spec
+from fastmerge.structure.naming import heads_in_config
 from fastmerge.structure.plotting import loss_between, plot, similarity_blocks
 
 
@@ -48,6 +49,18 @@ def test_align_then_apply_a_checkpoint(tmp_path, app):
     assert all(torch.equal(got[n], t) for n, t in state.items())
     assert (tmp_path / "out" / "config.json").exists()
     assert CliRunner().invoke(app, ["apply", b, perms, out + "2", "--index", "5"]).exit_code == 2
+    # The recipe method reads the heads where the command does.
+    for name, t in fm.merge("mudsc", None, [a, b]).items():
+        torch.testing.assert_close(t, state[name], atol=1e-6, rtol=1e-6)
+
+
+def test_heads_are_read_from_every_kind_of_config():
+    assert heads_in_config({"num_attention_heads": 8, "num_key_value_heads": 2}) == {"heads": 8, "kv_heads": 2}
+    assert heads_in_config({"n_head": 12}) == {"heads": 12}
+    assert heads_in_config(
+        {"vision_config": {"num_attention_heads": 6}, "text_config": {"num_attention_heads": 9}}
+    ) == {"heads": 6}
+    assert heads_in_config({"num_heads": [3, 6], "heads": None, "n_head": "8"}) == {}
 
 
 def test_recipe_method_averages_in_the_first_models_frame():
