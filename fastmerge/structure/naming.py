@@ -46,7 +46,8 @@ def heads_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def heads_of(model: Any) -> dict[str, Any]:
     """Numbers of heads, from a Hugging Face config or from the attributes of attention modules."""
     config = getattr(model, "config", None)
-    found_in = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
+    told = getattr(config, "to_dict", None)
+    found_in = told() if callable(told) else getattr(config, "__dict__", {})
     out = heads_in_config(found_in)
     if "heads" not in out and isinstance(model, nn.Module):
         found = {m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int)}
