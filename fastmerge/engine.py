@@ -260,7 +260,7 @@ def _fill(job: Job, writer: Writer, plan: Any, report: Report, fleet: Fleet) -> 
     for t in job.planned:
         clock = Clock()
         if t.name in finished:
-            job.skipped_bytes += job.apply_bytes(t)
+            job.skipped_bytes += job.bytes_of(t)
             done(t, "resumed", clock, 0, 0)
         elif t.copied:
             read, wrote = job.files.bytes_read, writer.bytes_written

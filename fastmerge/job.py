@@ -73,10 +73,6 @@ class Job:
         self.merged_bytes = sum(t.numel * t.dtype.itemsize for t in merged)
         self.total_bytes = self.read_bytes + self.merged_bytes
 
-    def apply_bytes(self, tensor: Planned) -> int:
-        """What scan and apply read of a tensor."""
-        return 0 if tensor.copied else tensor.input_bytes * (1 + (self.method.scan_pass is not None))
-
     def choose(self, device: str) -> Choice:
         """The devices that `device` stands for, for this job."""
         return choose(device, Work(self.method, self.input_bytes, self.merged_bytes, self.pool.workers))
@@ -146,8 +142,7 @@ class Job:
 
     def bytes_of(self, t: Planned) -> int:
         """Bytes of a tensor's inputs that its scan and merge read."""
-        once = sum(s.nbytes for s in [*t.models, *([t.base] if t.base else [])])
-        return once * (1 + (self.method.scan_pass is not None))
+        return t.input_bytes * (1 + (self.method.scan_pass is not None))
 
     def fit(self) -> Any:
         """The method's pass over all tensors, or None."""
