@@ -191,6 +191,29 @@ def test_nan_is_found_on_the_way_and_can_be_resumed_with_warn(tmp_path, value):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "says"),
+    [
+        ("ties", {"scope": "model", "density": [{"filter": "norm", "value": 0.5}, {"value": 0.2}]}, "scope: model"),
+        ("fr", {"lambda": 1.0, "select": "(attn"}, "not a regular expression"),
+        ("della", {"density": 0.1, "epsilon": 0.2}, "strictly inside"),
+        ("multislerp", {"weight": 0.0}, "sum to 0"),
+        ("mudsc", {"architecture": "nothing"}, "unknown architecture"),
+    ],
+)
+def test_what_parameters_mean_for_the_tensors_is_checked_in_dry_runs(tmp_path, family, method, parameters, says):
+    weight = parameters.pop("weight", 0.5)
+    base = method != "mudsc"
+    if method == "fr":
+        data = {"merge_method": "fr", "base_model": str(family[0]), "parameters": parameters}
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump({**data, "models": [{"model": str(f)} for f in family[1:]]}))
+    else:
+        path = recipe(tmp_path, method, family, base=base, weight=weight, parameters=parameters)
+    with pytest.raises(BadInput, match=says):
+        run(path, tmp_path / "out", dry_run=True)
+
+
 def test_small_max_memory_is_refused(tmp_path, family):
     refused(tmp_path, recipe(tmp_path, "linear", family, base=False), "max-memory 1000 is too small", max_memory=1000)
 
