@@ -204,7 +204,7 @@ class Stream:
             self.numel *= d
         self.parameters, self.out_dtype, self.start, self.seed = parameters, out_dtype, start, seed
         self.count, self.has_base = len(models), base is not None
-        self.config = models[0].checkpoint.config()
+        self.config: Mapping[str, Any] = models[0].checkpoint.config()
         self.pool, self._chunk, self._put, self._place, self._inspect = pool, chunk, put, place, inspect
         self._inspected = False
         inputs = ([base] if base else []) + self.models
