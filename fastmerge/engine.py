@@ -157,7 +157,7 @@ def run(
             str(out) if out is not None else None,
             device=choice.name, where=choice.where(method), workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
         )  # fmt: skip
-        report.estimate = _estimate(job, layout, workers) | _device_estimate(choice, budgets)
+        report.estimate = _estimate(job, layout) | _device_estimate(choice, budgets)
         report.files = files_beside
         report.parameters = describe_parameters(method, [t.plan for t in job.planned if not t.copied], len(models))
         if dry_run or out is None:
@@ -313,20 +313,13 @@ def _ticker(job: Job, progress: Progress | None) -> Callable[[], None]:
     return tick
 
 
-def _estimate(job: Job, layout: Layout, workers: int) -> dict[str, Any]:
+def _estimate(job: Job, layout: Layout) -> dict[str, Any]:
     """Bytes a run moves and holds, from headers."""
-    merged = [t for t in job.planned if not t.copied]
-    largest = max((t.numel for t in merged), default=0)
-    streams = len(job.models) + 2
-    widest = max((s.dtype.itemsize for t in merged for s in [t.reference, *t.models]), default=4)
-    buffers = workers * streams * widest * job.chunk
-    if job.method.grain != "element":
-        buffers += largest * 4 * 3
     return {
         "tensors": len(job.planned),
         "bytes_moved": job.total_bytes,
         "bytes_out": layout.total_bytes,
-        "buffer_bytes": buffers,
+        "buffer_bytes": job.memory_bytes,
     }
 
 

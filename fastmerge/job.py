@@ -65,6 +65,13 @@ class Job:
             raise BadInput(
                 f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
             ) from error
+        buffers = pool.workers * (len(models) + 2) * max(widest, 4) * self.chunk
+        self.memory_bytes = buffers + method.held_bytes([_header(t) for t in merged])
+        if max_memory is not None and self.memory_bytes > max_memory:
+            raise BadInput(
+                f"--max-memory {max_memory} is too small: {method.name} needs {self.memory_bytes} bytes for these tensors",
+                remedy="allow more memory",
+            )
         passes = 1 + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
         self.input_bytes = sum(t.input_bytes for t in merged)
         # an upper bound: a fit pass reads nothing for parameters that need no fit

@@ -247,6 +247,7 @@ class Method:
     summary: str = ""
     description: str = ""
     check_pass: Callable[..., None] | None = None
+    memory_pass: Callable[..., int] | None = None
     fit_pass: Callable[..., Any] | None = None
     scan_pass: Callable[..., Any] | None = None
     plan_pass: Callable[[Sequence[Header], Sequence[str]], dict[str, int]] | None = None
@@ -261,6 +262,18 @@ class Method:
         """
         self.check_pass = function
         return function
+
+    def memory(self, function: Callable[..., int]) -> Callable[..., int]:
+        """Register ``memory(tensors: Sequence[Header]) -> bytes``: the most it holds at once besides chunk buffers."""
+        self.memory_pass = function
+        return function
+
+    def held_bytes(self, tensors: Sequence[Header]) -> int:
+        """The most the method holds at once besides chunk buffers; where it does not say, by its grain."""
+        if self.memory_pass is not None:
+            return self.memory_pass(tensors)
+        whole = 4 * max((math.prod(t.shape) * (len(t.models) + 3) for t in tensors), default=0)
+        return whole if self.grain == "tensor" else 0
 
     def fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register ``fit(tensors: Iterable[TensorStream], seed) -> plan`` (None = nothing to fit for these parameters)."""

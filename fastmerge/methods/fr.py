@@ -97,6 +97,13 @@ def _check(tensors: Sequence[Header]) -> None:
             )
 
 
+@fr.memory
+def _memory(tensors: Sequence[Header]) -> int:
+    """The sum of the deltas in float32 and the two buffers of its transform, for the largest filtered tensor."""
+    filtered = (t for t in tensors if resolve(t.parameters).filters(t.name, tuple(t.shape)))
+    return 12 * max((math.prod(t.shape) for t in filtered), default=0)
+
+
 @fr.fit
 def _fit(tensors: Iterable[TensorStream], seed: int) -> Magnitudes | None:
     sums: list[float] | None = None

@@ -46,6 +46,7 @@ def free(
 
 free.parameters = {**free.parameters, **fr.parameters}  # the backbone's keys are fr's, and so are its passes
 free.fit_pass, free.scan_pass = fr.fit_pass, fr.scan_pass
+free.check_pass, free.memory_pass = fr.check_pass, fr.memory_pass
 
 
 @free.plan_files

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -72,6 +73,12 @@ def _check(tensors: Sequence[Header]) -> None:
             )
     if tensors:
         _spec(tensors[0], {t.name: torch.empty(t.shape, device="meta") for t in tensors})
+
+
+@mudsc.memory
+def _memory(tensors: Sequence[Header]) -> int:
+    """All models at once, in their own dtypes at most float32."""
+    return sum(4 * math.prod(t.shape) * len(t.models) for t in tensors)
 
 
 @mudsc.fit

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import ops
 from ._gram import nuslerp_coefficients, stream_gram
-from ._method import Context, PerModel, TensorStream, method
+from ._method import Context, Header, PerModel, TensorStream, method
 
 
 @method(base="optional", models=(2, 2), grain="stream")
@@ -46,3 +49,10 @@ def _along(a: Tensor, b: Tensor, t: float, axis: int) -> Tensor:
     first = torch.where(colinear, 1 - t, ((1 - t) * phi).sin() / sin)
     second = torch.where(colinear, t, (t * phi).sin() / sin)
     return first * a + second * b
+
+
+@nuslerp.memory
+def _memory(tensors: Sequence[Header]) -> int:
+    """Along rows or columns: whole tensors in float32, both models, two shares and the result."""
+    axes = (t for t in tensors if not t.parameters["nuslerp_flatten"] and len(t.shape) >= 2)
+    return 20 * max((math.prod(t.shape) for t in axes), default=0)

@@ -1,6 +1,7 @@
 """The engine end to end on small checkpoints: values, layout independence, resuming, bad input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -216,6 +217,18 @@ def test_what_parameters_mean_for_the_tensors_is_checked_in_dry_runs(tmp_path, f
 
 def test_small_max_memory_is_refused(tmp_path, family):
     refused(tmp_path, recipe(tmp_path, "linear", family, base=False), "max-memory 1000 is too small", max_memory=1000)
+
+
+def test_a_method_that_holds_whole_tensors_says_what_it_needs(tmp_path, family):
+    path = tmp_path / "fr.yml"
+    models = [{"model": str(f)} for f in family[1:]]
+    path.write_text(yaml.safe_dump({"merge_method": "fr", "base_model": str(family[0]), "models": models}))
+    planned = run(path, tmp_path / "out", dry_run=True, threads=1)
+    need = planned.estimate["buffer_bytes"]
+    largest = max(math.prod(t.shape) for t in planned.tensors if len(t.shape) == 2)
+    assert need > 12 * largest
+    refused(tmp_path, path, f"fr needs {need} bytes", max_memory=need - 1, threads=1)
+    run(path, tmp_path / "out", max_memory=need, threads=1)
 
 
 def test_interrupt_leaves_a_resumable_job_and_the_same_bytes(tmp_path, family, monkeypatch):
