@@ -3,8 +3,14 @@
 // Story: a linear minimisation oracle reads K models; nothing may be read twice. A tile of the gradient is widened once
 // into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each.
 // Blocks of 65536 elements give one float32 sum per product; they are added to float64 totals in index order.
+// A candidate may be a place in a file: a run of it is read into a buffer that stays in L2, so that memory sees each byte
+// once, as a plain read of the file does, and the sums are those of the tensor in memory, bit for bit.
+#include <array>
+#include <atomic>
+
 #include "common/block_sum.h"
 #include "common/export.h"
+#include "common/file_read.h"
 #include "common/parallel.h"
 
 namespace fastmerge {
@@ -15,10 +21,16 @@ constexpr std::int64_t kRun = 32768;  // elements of one stream read before the 
 struct Tensor {
   std::uintptr_t g;
   Dtype g_type;
-  std::vector<std::uintptr_t> s;
+  std::vector<std::uintptr_t> s;  // addresses; where there is a file, positions in it
   std::vector<Dtype> s_types;
+  std::vector<int> files;  // descriptors, -1 = in memory; empty = all in memory
   std::int64_t n;
+
+  int file(std::size_t k) const { return files.empty() ? -1 : files[k]; }
 };
+
+// What kept a candidate from being read: {error (an errno, -1 the file is too short, 0 nothing), tensor, candidate}.
+using Failure = std::array<std::int64_t, 3>;
 
 // Candidate elements [at, at + n) against the tile g; n is a multiple of the lanes unless it ends the tensor.
 template <class T>
@@ -40,12 +52,13 @@ void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const
   square ? add_products(g, x, ceil_to_lanes(n), ahead, dot, square) : add_products(g, x, ceil_to_lanes(n), ahead, dot);
 }
 
-// One block of one tensor: out = [K dots, K squares, |g|^2].
+// One block of one tensor: out = [K dots, K squares, |g|^2]; returns {error, candidate}.
 template <class C>
-void block(const Tensor& t, std::int64_t begin, std::int64_t end, bool norms, double* out) {
+std::pair<int, std::size_t> block(const Tensor& t, std::int64_t begin, std::int64_t end, const std::vector<int>& norms,
+                                  double* out) {
   const std::size_t count = t.s.size();
   alignas(64) C x_tile[kBlock], g_lanes[kLanes] = {};
-  static thread_local std::vector<C> lanes, g_run;
+  static thread_local std::vector<C> lanes, g_run, s_run;
   lanes.assign(2 * count * kLanes, C(0));
   g_run.resize(kRun);
   for (std::int64_t run = begin; run < end; run += kRun) {
@@ -62,44 +75,64 @@ void block(const Tensor& t, std::int64_t begin, std::int64_t end, bool norms, do
     }
     for (std::size_t k = 0; k < count; ++k) {
       C* dot = lanes.data() + 2 * k * kLanes;
+      C* square = norms[k] ? dot + kLanes : nullptr;
       const std::int64_t size = size_of(t.s_types[k]);
+      std::uintptr_t s = t.s[k];
+      if (t.file(k) >= 0) {
+        s_run.resize(kRun);  // no dtype is wider than the compute type
+        if (const int error = read_file(t.file(k), s + run * size, (stop - run) * size, s_run.data())) return {error, k};
+        s = reinterpret_cast<std::uintptr_t>(s_run.data()) - run * size;
+      }
       for (std::int64_t at = run; at < stop; at += kBlock) {
         const std::int64_t m = std::min(kBlock, stop - at);
-        const void* ahead = at + kBlock < stop ? pointer<const char>(t.s[k]) + (at + kBlock) * size
-                            : k + 1 < count    ? pointer<const char>(t.s[k + 1]) + run * size_of(t.s_types[k + 1])
-                                               : nullptr;
-        fold_tile(t.s_types[k], t.s[k], at, m, g + (at - run), x_tile, ahead, dot, norms ? dot + kLanes : nullptr);
+        const void* ahead = at + kBlock < stop                   ? pointer<const char>(s) + (at + kBlock) * size
+                            : k + 1 < count && t.file(k + 1) < 0 ? pointer<const char>(t.s[k + 1]) + run * size_of(t.s_types[k + 1])
+                                                                 : nullptr;
+        fold_tile(t.s_types[k], s, at, m, g + (at - run), x_tile, ahead, dot, square);
       }
     }
   }
   for (std::size_t k = 0; k < count; ++k) {
     out[k] = add_lanes(lanes.data() + 2 * k * kLanes);
-    out[count + k] = norms ? add_lanes(lanes.data() + (2 * k + 1) * kLanes) : 0.0;
+    out[count + k] = norms[k] ? add_lanes(lanes.data() + (2 * k + 1) * kLanes) : 0.0;
   }
   out[2 * count] = add_lanes(g_lanes);
+  return {0, 0};
 }
 
-// totals: [L][2K + 1] float64, added to: dots, squares, |g|^2.
-void fw_products(std::uintptr_t totals, const std::vector<std::uintptr_t>& g, const std::vector<int>& g_types,
-                 const std::vector<std::vector<std::uintptr_t>>& s, const std::vector<std::vector<int>>& s_types,
-                 const std::vector<std::int64_t>& sizes, bool norms, int threads) {
+// totals: [L][2K + 1] float64, added to: dots, squares (of the candidates that norms marks), |g|^2.
+Failure fw_products(std::uintptr_t totals, const std::vector<std::uintptr_t>& g, const std::vector<int>& g_types,
+                    const std::vector<std::vector<std::uintptr_t>>& s, const std::vector<std::vector<int>>& s_types,
+                    const std::vector<std::vector<int>>& files, const std::vector<std::int64_t>& sizes,
+                    const std::vector<int>& norms, int threads) {
   std::vector<Tensor> tensors;
   std::vector<std::pair<std::size_t, std::int64_t>> blocks;  // (tensor, first element)
   for (std::size_t l = 0; l < g.size(); ++l) {
-    tensors.push_back({g[l], static_cast<Dtype>(g_types[l]), s[l], dtypes(s_types[l]), sizes[l]});
+    tensors.push_back({g[l], static_cast<Dtype>(g_types[l]), s[l], dtypes(s_types[l]),
+                       files.empty() ? std::vector<int>() : files[l], sizes[l]});
     for (std::int64_t at = 0; at < sizes[l]; at += kSumBlock) blocks.emplace_back(l, at);
   }
   const std::size_t width = 2 * s[0].size() + 1;
   std::vector<double> sums(blocks.size() * width);
+  std::vector<Failure> failures(blocks.size(), {0, 0, 0});
+  std::atomic<bool> failed{false};
   parallel_blocks(static_cast<std::int64_t>(blocks.size()), threads, [&](std::int64_t b) {
+    if (failed.load(std::memory_order_relaxed)) return;
     const auto& [l, at] = blocks[b];
     const Tensor& t = tensors[l];
     const bool f64 = t.g_type == Dtype::f64 || any_f64(t.s_types);
-    (f64 ? block<double> : block<float>)(t, at, std::min(t.n, at + kSumBlock), norms, sums.data() + b * width);
+    const auto [error, k] = (f64 ? block<double> : block<float>)(t, at, std::min(t.n, at + kSumBlock), norms, sums.data() + b * width);
+    if (error != 0) {
+      failures[b] = {error, static_cast<std::int64_t>(l), static_cast<std::int64_t>(k)};
+      failed.store(true, std::memory_order_relaxed);
+    }
   });
+  for (const auto& failure : failures)
+    if (failure[0] != 0) return failure;
   auto* total = pointer<double>(totals);
   for (std::size_t b = 0; b < blocks.size(); ++b)
     for (std::size_t i = 0; i < width; ++i) total[blocks[b].first * width + i] += sums[b * width + i];
+  return {0, 0, 0};
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """The linear minimisation oracle over candidates that stream: one read of each per iteration.
 
-Tensors are cut into pieces. While a piece of the gradient is in cache, a few candidates at a time are read into the
-thread's buffers and reduced at once by ``fw_products``, so nothing but K·L numbers remains. Tensors run on several
-threads, each tensor's pieces in order, so the sums are those of ``ops.fw_lmo`` on whole tensors, bit for bit.
+Checkpoints go straight from their files through the kernel, block by block: a block of the gradient is in cache while
+all candidates' blocks are read and reduced, so nothing but K·L numbers remains. What has to be computed first (a LoRA
+product, a difference from the base) or lies on a GPU is made piece by piece in the thread's buffers and reduced at once.
+Either way the sums are those of ``ops.fw_lmo`` on whole tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _native
+from .._dispatch import requested_backend
 from ..errors import BadInput
-from ..io.pipeline import Files
+from ..io.pipeline import Files, Source
 from ..io.pipeline import Pool as Workers
 from ..ops import fw_products
 from ..ops.fw_lmo import choose as choose_from
-from ..ops.fw_products import BLOCK, FwProducts
+from ..ops.fw_products import BLOCK, FwProducts, Piece, ReadFailed, native
 from .candidates import Candidate, Readable, Zeros
 
 PIECE = 16 * BLOCK  # elements: large enough that a call's overhead does not show, small enough for the shared cache
 GROUP = 4  # candidates per call: bounds the buffers, whatever the number of candidates
+CALL = 256 * BLOCK  # elements per call where the kernel reads: bounds its sums of blocks, and how long Ctrl-C waits
+
+Place = Callable[[int, int], "Tensor | Piece"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,22 @@ class Pool:
 
         return read
 
+    def place(self, name: str, k: int) -> Place | None:
+        """place(begin, end) says where candidate k's tensor lies; None when it is not stored as it is wanted."""
+        candidate = self.candidates[k]
+        if self.space != "weights" or candidate.deltas or (name, k) in self.lacking:
+            return None
+        source = candidate.open(name, self.files)
+        if not isinstance(source, Source) or source.dtype not in _native.DTYPES:
+            return None
+        first = 0 if k == self.initial else self.parts[name].begin
+        if source.entry is not None:
+            fd, start, dtype = self.files.fd(source.entry.file), source.entry.begin, source.dtype
+            return lambda begin, end: Piece(fd, start + (first + begin) * dtype.itemsize, dtype)
+        assert source.tensor is not None
+        flat = source.tensor.detach().reshape(-1)
+        return None if flat.device.type != "cpu" else lambda begin, end: flat[first + begin : first + end]
+
     def origin(self, name: str) -> Callable[[int, int, str], Tensor]:
         """read(begin, end, key) of the base's tensor within this process's part."""
         part, base = self.parts[name], self.base.open(name, self.files)
@@ -132,20 +154,24 @@ class Pool:
             *(torch.full((count, len(names)), float("nan"), dtype=torch.float64) for _ in range(2)),
             *(torch.zeros(len(names), dtype=torch.float64) for _ in range(2)),
         )
+        done = self._straight(out, gradients, point, norms, rows)
         # Tensors in order of size, the largest first, so that threads end together; a tensor too large for that is cut
         # by candidates (its gradient is then read once per cut).
         total = sum(g.numel() for g in gradients.values())
-        jobs: list[tuple[int, list[int]]] = []
+        jobs: list[tuple[int, list[int], bool]] = []
         for i in sorted(range(len(names)), key=lambda i: -gradients[names[i]].numel()):
+            left = [r for r in range(count) if (i, r) not in done]
             large = self.workers.workers > 1 and gradients[names[i]].numel() * 4 * self.workers.workers > total
-            step = GROUP if large and gradients[names[i]].numel() > PIECE else count
-            jobs += [(i, list(range(at, min(at + step, count)))) for at in range(0, count, step)]
+            step = GROUP if large and gradients[names[i]].numel() > PIECE else max(len(left), 1)
+            jobs += [(i, left[at : at + step], False) for at in range(0, len(left), step)]
+            if (i, -1) not in done:
+                jobs.append((i, [], True))
 
         def run(j: int) -> None:
-            i, members = jobs[j]
+            i, members, of_theta = jobs[j]
             name = names[i]
             g = gradients[name].detach().reshape(-1)
-            readers = [self.vertex(name, rows[r], self.space) for r in members]
+            readers = {r: self.vertex(name, rows[r], self.space) for r in members}
             groups = [
                 marked[at : at + GROUP]
                 for wanted in (True, False)
@@ -158,25 +184,109 @@ class Pool:
             for begin in range(0, g.numel(), PIECE) or (0,):
                 end = min(begin + PIECE, g.numel())
                 here = g[begin:end]
-                if members[0] == 0:
+                if of_theta:
                     at = theta[begin:end]
                     if origin is not None:
                         at = at - origin(begin, end, "origin").to(at)
                     carry[-1] = fw_products(here, [at], norms=False, carry=carry[-1])
                 for n, group in enumerate(groups):
-                    read = [readers[r - members[0]](begin, end, f"fw{m}") for m, r in enumerate(group)]
+                    read = [readers[r](begin, end, f"fw{m}") for m, r in enumerate(group)]
                     read = [x.to(here.device) for x in read]
                     carry[n] = fw_products(here, read, norms=norms[group[0]], carry=carry[n])
             for group, sums in zip(groups, carry, strict=False):
                 assert sums is not None
                 out.dots[group, i] = sums.dots.cpu()
                 out.squares[group, i] = sums.sqnorms.cpu()
-            if members[0] == 0 and carry[-1] is not None:
+            if carry[-1] is not None:
                 out.point[i], out.gradient[i] = carry[-1].dots.cpu()[0], carry[-1].grad_sqnorm.cpu()
 
         self.workers.each(len(jobs), run)
         self._check_finite(out, gradients, rows)
         return out
+
+    def _straight(
+        self,
+        out: Products,
+        gradients: Mapping[str, Tensor],
+        point: Mapping[str, Tensor],
+        norms: Sequence[bool],
+        rows: Sequence[int],
+    ) -> set[tuple[int, int]]:
+        """Fills in the products of everything that is stored as it is wanted; returns (tensor, row), row -1 for θ."""
+        if self.space != "weights" or _native.why_not() is not None or requested_backend() not in (None, "cpu"):
+            return set()
+        done: set[tuple[int, int]] = set()
+        batch: list[tuple[int, Tensor, list[Place]]] = []  # consecutive tensors that the same candidates have
+        members: list[int] = []
+
+        def flush() -> None:
+            if batch:
+                self._reduce(out, batch, members, rows, norms)
+                done.update((i, r) for i, _, _ in batch for r in [*members, -1])
+                batch.clear()
+
+        for i, name in enumerate(out.names):
+            g, theta = gradients[name].detach().reshape(-1), point[name].detach().reshape(-1)
+            if any(t.device.type != "cpu" or t.dtype not in _native.DTYPES for t in (g, theta)):
+                continue
+            places = {r: self.place(name, k) for r, k in enumerate(rows)}
+            have = [r for r, place in places.items() if place is not None]
+            if have != members:
+                flush()
+                members = have
+            found: list[Place] = [p for p in places.values() if p is not None]
+            batch.append((i, g, [*found, lambda begin, end, theta=theta: theta[begin:end]]))
+        flush()
+        return done
+
+    def _reduce(
+        self,
+        out: Products,
+        batch: Sequence[tuple[int, Tensor, Sequence[Place]]],
+        members: Sequence[int],
+        rows: Sequence[int],
+        norms: Sequence[bool],
+    ) -> None:
+        k = len(members)
+        wanted = [*(norms[r] for r in members), False]
+        totals = torch.zeros(len(batch), 2 * k + 3, dtype=torch.float64)
+        # Calls of at most CALL elements: a large tensor takes several, small ones share one.
+        call: list[tuple[int, int, int]] = []
+
+        def run() -> None:
+            if not call:
+                return
+            gradients = [batch[b][1][begin:end] for b, begin, end in call]
+            streams = [[batch[b][2][c](begin, end) for b, begin, end in call] for c in range(k + 1)]
+            try:
+                native(gradients, streams, wanted, totals[call[0][0] : call[-1][0] + 1])
+            except ReadFailed as error:
+                name, label = out.names[batch[call[error.tensor][0]][0]], self.candidates[rows[members[error.candidate]]].label
+                raise BadInput(
+                    f"tensor {name!r} can not be read: {error.strerror or error}", where=label,
+                    remedy="the candidate is damaged: fetch it again or remove it",
+                ) from error  # fmt: skip
+            for stream in streams:
+                for g, x in zip(gradients, stream, strict=True):
+                    self.files.bytes_read += g.numel() * x.dtype.itemsize if isinstance(x, Piece) else 0
+            call.clear()
+
+        held = 0
+        for b, (_, g, _) in enumerate(batch):
+            for begin in range(0, g.numel(), CALL) or (0,):  # an empty tensor keeps its row
+                end = min(begin + CALL, g.numel())
+                if held + end - begin > CALL:
+                    run()
+                    held = 0
+                call.append((b, begin, end))
+                held += end - begin
+        run()
+        where = torch.tensor([i for i, _, _ in batch])
+        out.point[where], out.gradient[where] = totals[:, k], totals[:, -1]
+        for column, r in enumerate(members):
+            out.dots[r, where] = totals[:, column]
+            if norms[r]:
+                out.squares[r, where] = totals[:, k + 1 + column]
 
     def _check_finite(self, p: Products, gradients: Mapping[str, Tensor], rows: Sequence[int]) -> None:
         if bool(torch.isfinite(p.dots.sum() + p.point.sum() + p.gradient.sum())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,21 +90,52 @@ def fw_products(
     )
 
 
-def native(gradients: Sequence[Tensor], candidates: Sequence[Sequence[Tensor]], norms: bool, totals: Tensor) -> Tensor:
-    """Adds the products of L tensors to `totals` [L, 2K + 1] (dots, squares, |g|²) and returns it."""
-    rows = [[g.contiguous(), *(s[n].contiguous() for s in candidates)] for n, g in enumerate(gradients)]
-    addresses = [[t.data_ptr() for t in row] for row in rows]
-    codes = [[_native.DTYPES[t.dtype] for t in row] for row in rows]
-    _native.lib().fw_products(
+class Piece(NamedTuple):
+    """Elements of a tensor that lie in a file."""
+
+    fd: int
+    position: int  # bytes from the file's beginning
+    dtype: torch.dtype
+
+
+class ReadFailed(OSError):
+    """A piece could not be read; errno is None where the file ends too early."""
+
+    def __init__(self, error: int, tensor: int, candidate: int) -> None:
+        super().__init__(error if error > 0 else None, "the file became shorter while it was read")
+        if error > 0:
+            self.strerror = os.strerror(error)
+        self.tensor, self.candidate = tensor, candidate
+
+
+def native(
+    gradients: Sequence[Tensor],
+    candidates: Sequence[Sequence[Tensor | Piece]],
+    norms: bool | Sequence[bool],
+    totals: Tensor,
+) -> Tensor:
+    """Adds the products of L tensors to `totals` [L, 2K + 1] (dots, squares, |g|²) and returns it.
+
+    A candidate's tensor may be a :class:`Piece` of a file, which is read block by block as it is reduced: the same
+    bits, and the same reads from memory, as if it were there already. Raises ReadFailed.
+    """
+    flat = [g.contiguous() for g in gradients]
+    rows = [
+        [t if isinstance(t, Piece) else t.contiguous() for t in (s[n] for s in candidates)] for n in range(len(flat))
+    ]
+    error, tensor, candidate = _native.lib().fw_products(
         totals.data_ptr(),
-        [a[0] for a in addresses],
-        [c[0] for c in codes],
-        [a[1:] for a in addresses],
-        [c[1:] for c in codes],
-        [g.numel() for g in gradients],
-        norms,
+        [g.data_ptr() for g in flat],
+        [_native.DTYPES[g.dtype] for g in flat],
+        [[t.position if isinstance(t, Piece) else t.data_ptr() for t in row] for row in rows],
+        [[_native.DTYPES[t.dtype] for t in row] for row in rows],
+        [[t.fd if isinstance(t, Piece) else -1 for t in row] for row in rows],
+        [g.numel() for g in flat],
+        [int(norms)] * len(candidates) if isinstance(norms, bool) else [int(n) for n in norms],
         _native.threads(),
     )
+    if error:
+        raise ReadFailed(error, tensor, candidate)
     return totals
 
 
