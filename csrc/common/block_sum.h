@@ -17,10 +17,11 @@ FM_INLINE float widened(bf16 x) { return to_float(x); }
 FM_INLINE float widened(f16 x) { return to_float(x); }
 FM_INLINE double widened(double x) { return x; }
 
-// A few lines of the tile that comes next: a prefetcher restarts at every change of stream, and fetching a whole tile at
-// once would only fill the miss queue. `ahead` may be null or point past the end: a prefetch never faults.
+// A few lines of what comes next, into L2: a hardware prefetcher restarts at every change of stream, and lines on their way
+// from memory to L1 would keep its few miss registers from the loads of this tile. `ahead` may point past the end: a
+// prefetch never faults. Where there is nothing to fetch it is x itself (an address without a page costs a page walk).
 FM_INLINE void prefetch_lines(const void* ahead, std::int64_t at, std::int64_t bytes) {
-  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(ahead) + at + b);
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(ahead) + at + b, 0, 2);
 }
 
 // One tile: n <= kBlock, a multiple of kLanes.

@@ -1,10 +1,11 @@
 // fw_products: <g, s_k>, |s_k|^2 and |g|^2 of K candidates over any number of tensors, each byte read once.
 //
 // Story: a linear minimisation oracle reads K models; nothing may be read twice. A tile of the gradient is widened once
-// into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each.
-// Blocks of 65536 elements give one float32 sum per product; they are added to float64 totals in index order.
-// A candidate may be a place in a file: a run of it is read into a buffer that stays in L2, so that memory sees each byte
-// once, as a plain read of the file does, and the sums are those of the tensor in memory, bit for bit.
+// into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each,
+// while the same candidate's next tile comes into L2. Blocks of 65536 elements give one float32 sum per product; they are
+// added to float64 totals in index order.
+// A candidate may be a place in a file: a block of it is read into a buffer that stays in L2, so that memory sees each
+// byte once, as a plain read of the file does, and the sums are those of the tensor in memory, bit for bit.
 #include <array>
 #include <atomic>
 
@@ -15,8 +16,6 @@
 
 namespace fastmerge {
 namespace {
-
-constexpr std::int64_t kRun = 32768;  // elements of one stream read before the next: long enough for the hardware prefetchers
 
 struct Tensor {
   std::uintptr_t g;
@@ -32,69 +31,67 @@ struct Tensor {
 // What kept a candidate from being read: {error (an errno, -1 the file is too short, 0 nothing), tensor, candidate}.
 using Failure = std::array<std::int64_t, 3>;
 
-// Candidate elements [at, at + n) against the tile g; n is a multiple of the lanes unless it ends the tensor.
-template <class T>
-void fold(const float* g, const T* x, std::int64_t n, const void* ahead, float* dot, float* square) {
+// Elements [at, at + n) of a candidate against the tile g; n is a multiple of the lanes unless it ends the tensor.
+template <class C, class T>
+void fold(const C* g, const T* x, std::int64_t n, const void* ahead, C* dot, C* square) {
   square ? add_products(g, x, n, ahead, dot, square) : add_products(g, x, n, ahead, dot);
 }
-void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const float* g, float* buffer, const void* ahead,
-               float* dot, float* square) {
-  if (n % kLanes != 0) return fold(g, padded(load_block(t, s, at, n, buffer), n, buffer), ceil_to_lanes(n), nullptr, dot, square);
-  switch (t) {
-    case Dtype::bf16: return fold(g, pointer<const bf16>(s) + at, n, ahead, dot, square);
-    case Dtype::f16: return fold(g, pointer<const f16>(s) + at, n, ahead, dot, square);
-    default: return fold(g, pointer<const float>(s) + at, n, ahead, dot, square);
-  }
+void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const float* g, float* buffer, float* dot, float* square) {
+  if (n % kLanes != 0) return fold(g, padded(load_block(t, s, at, n, buffer), n, buffer), ceil_to_lanes(n), buffer, dot, square);
+  dispatch(t, [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = pointer<const T>(s) + at;
+    if constexpr (!std::is_same_v<T, double>) fold(g, x, n, x + n, dot, square);
+  });
 }
-void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const double* g, double* buffer, const void* ahead,
-               double* dot, double* square) {
+void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const double* g, double* buffer, double* dot, double* square) {
   const double* x = padded(load_block(t, s, at, n, buffer), n, buffer);
-  square ? add_products(g, x, ceil_to_lanes(n), ahead, dot, square) : add_products(g, x, ceil_to_lanes(n), ahead, dot);
+  fold(g, x, ceil_to_lanes(n), x, dot, square);
 }
+
+// Work memory of a thread.
+template <class C>
+struct Scratch {
+  std::vector<C> lanes;     // [K][2][64]
+  std::vector<C> wide;      // a gradient's block in the compute type
+  std::vector<C> contents;  // a block of a file; no dtype is wider than the compute type
+};
 
 // One block of one tensor: out = [K dots, K squares, |g|^2]; returns {error, candidate}.
 template <class C>
 std::pair<int, std::size_t> block(const Tensor& t, std::int64_t begin, std::int64_t end, const std::vector<int>& norms,
                                   double* out) {
+  static thread_local Scratch<C> scratch;
   const std::size_t count = t.s.size();
+  const bool files = std::any_of(t.files.begin(), t.files.end(), [](int file) { return file >= 0; });
   alignas(64) C x_tile[kBlock], g_lanes[kLanes] = {};
-  static thread_local std::vector<C> lanes, g_run, s_run;
-  lanes.assign(2 * count * kLanes, C(0));
-  g_run.resize(kRun);
-  for (std::int64_t run = begin; run < end; run += kRun) {
-    const std::int64_t stop = std::min(end, run + kRun);
-    // The gradient's run stays in L2; widened there unless it has the compute type already.
-    const C* g = nullptr;
-    for (std::int64_t at = run; at < stop; at += kBlock) {
-      C* tile = g_run.data() + (at - run);
-      const std::int64_t m = std::min(kBlock, stop - at);
-      const C* x = padded(load_block(t.g_type, t.g, at, m, tile), m, tile);
-      if (at == run) g = x;
-      else if (x == tile && g != g_run.data()) std::copy(g, g + (at - run), g_run.data()), g = g_run.data();
-      add_products(x, x, ceil_to_lanes(m), pointer<const char>(t.g) + (at + kBlock) * size_of(t.g_type), g_lanes);
-    }
-    for (std::size_t k = 0; k < count; ++k) {
-      C* dot = lanes.data() + 2 * k * kLanes;
-      C* square = norms[k] ? dot + kLanes : nullptr;
-      const std::int64_t size = size_of(t.s_types[k]);
-      std::uintptr_t s = t.s[k];
-      if (t.file(k) >= 0) {
-        s_run.resize(kRun);  // no dtype is wider than the compute type
-        if (const int error = read_file(t.file(k), s + run * size, (stop - run) * size, s_run.data())) return {error, k};
-        s = reinterpret_cast<std::uintptr_t>(s_run.data()) - run * size;
-      }
-      for (std::int64_t at = run; at < stop; at += kBlock) {
-        const std::int64_t m = std::min(kBlock, stop - at);
-        const void* ahead = at + kBlock < stop                   ? pointer<const char>(s) + (at + kBlock) * size
-                            : k + 1 < count && t.file(k + 1) < 0 ? pointer<const char>(t.s[k + 1]) + run * size_of(t.s_types[k + 1])
-                                                                 : nullptr;
-        fold_tile(t.s_types[k], s, at, m, g + (at - run), x_tile, ahead, dot, square);
-      }
-    }
+  std::array<const C*, kSumBlock / kBlock> g_tiles;
+  scratch.lanes.assign(2 * count * kLanes, C(0));
+  scratch.wide.resize(files ? kSumBlock : kBlock);
+  const auto fold_into = [&](std::size_t k, std::uintptr_t s, std::int64_t at, const C* g) {
+    C* dot = scratch.lanes.data() + 2 * k * kLanes;
+    fold_tile(t.s_types[k], s, at, std::min(kBlock, end - at), g, x_tile, dot, norms[k] ? dot + kLanes : nullptr);
+  };
+  for (std::int64_t at = begin; at < end; at += kBlock) {
+    C* tile = scratch.wide.data() + (files ? at - begin : 0);
+    const std::int64_t m = std::min(kBlock, end - at);
+    const C* g = padded(load_block(t.g_type, t.g, at, m, tile), m, tile);
+    g_tiles[(at - begin) / kBlock] = g;
+    add_products(g, g, ceil_to_lanes(m), pointer<const char>(t.g) + (at + kBlock) * size_of(t.g_type), g_lanes);
+    for (std::size_t k = 0; k < count; ++k)
+      if (t.file(k) < 0) fold_into(k, t.s[k], at, g);
+  }
+  for (std::size_t k = 0; files && k < count; ++k) {
+    if (t.file(k) < 0) continue;
+    scratch.contents.resize(kSumBlock);
+    const std::int64_t size = size_of(t.s_types[k]);
+    if (const int error = read_file(t.file(k), t.s[k] + begin * size, (end - begin) * size, scratch.contents.data())) return {error, k};
+    const auto s = reinterpret_cast<std::uintptr_t>(scratch.contents.data()) - begin * size;
+    for (std::int64_t at = begin; at < end; at += kBlock) fold_into(k, s, at, g_tiles[(at - begin) / kBlock]);
   }
   for (std::size_t k = 0; k < count; ++k) {
-    out[k] = add_lanes(lanes.data() + 2 * k * kLanes);
-    out[count + k] = norms[k] ? add_lanes(lanes.data() + (2 * k + 1) * kLanes) : 0.0;
+    out[k] = add_lanes(scratch.lanes.data() + 2 * k * kLanes);
+    out[count + k] = norms[k] ? add_lanes(scratch.lanes.data() + (2 * k + 1) * kLanes) : 0.0;
   }
   out[2 * count] = add_lanes(g_lanes);
   return {0, 0};

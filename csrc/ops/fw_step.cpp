@@ -35,7 +35,7 @@ void block(const Tensor& t, std::int64_t begin, std::int64_t end, double* out) {
     if (t.g) {
       const C* p = padded(load_block(t.g_type, t.g, at, m, g), m, g);
       padded(d, m, d);
-      add_products(p, d, ceil_to_lanes(m), nullptr, dot, square);
+      add_products(p, d, ceil_to_lanes(m), d, dot, square);
     }
   }
   out[0] = add_lanes(dot);
