@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import BadInput
-from .gradients import Gradient, gradient
+from .errors import BadInput, did_you_mean
+from .gradients import LOSSES, Gradient, gradient
 
 KINDS = ("text", "lm", "image")
 AUTO = {
@@ -174,6 +174,43 @@ def image_batches(records: Sequence[Record], processor: Any, *, batch: int, fold
     return out
 
 
+def parse_heads(given: Sequence[str] | None) -> dict[str, str] | None:
+    """{task: folder} of ``TASK=FOLDER`` texts; None for none."""
+    out = {}
+    for item in given or []:
+        task, eq, folder = item.partition("=")
+        if not eq or not task or not folder:
+            raise BadInput(f"head {item!r} is not TASK=FOLDER")
+        out[task] = folder
+    return out or None
+
+
+def check_records(
+    data: str | Path,
+    kind: str = "text",
+    *,
+    loss: str | None = None,
+    heads: Mapping[str, str | Path] | None = None,
+    limit: int | None = None,
+    **_: Any,
+) -> dict[str, list[Record]]:
+    """The records by task, and that they fit loss and heads: what can be known without loading a model."""
+    loss = loss or ("causal_lm" if kind == "lm" else "cross_entropy")
+    if loss not in LOSSES:
+        raise BadInput(f"unknown loss {loss!r}{did_you_mean(loss, LOSSES)}", remedy=f"one of {', '.join(LOSSES)}")
+    tasks = by_task(read_records(data, kind, labelled=loss not in ("entropy", "causal_lm"), limit=limit))
+    if heads is not None:
+        for task in tasks:
+            if task not in heads:
+                raise BadInput(f"no head is given for task {task!r}", remedy="add TASK=FOLDER for each")
+            if not (Path(heads[task]).expanduser() / "config.json").is_file():
+                raise BadInput(
+                    f"the head of task {task!r} has no config.json", where=str(heads[task]),
+                    remedy="give the folder of the task's fine-tuned model",
+                )  # fmt: skip
+    return tasks
+
+
 def hugging_face_gradient(
     base: str | Path,
     data: str | Path,
@@ -208,12 +245,7 @@ def hugging_face_gradient(
             remedy="pip install transformers, or give --gradient module:function",
         ) from error
     loss = loss or ("causal_lm" if kind == "lm" else "cross_entropy")
-    tasks = by_task(read_records(data, kind, labelled=loss not in ("entropy", "causal_lm"), limit=limit))
-    if heads is not None and set(tasks) - set(heads):
-        raise BadInput(
-            f"no head is given for task {sorted(set(tasks) - set(heads))[0]!r}",
-            remedy="add --head TASK=FOLDER for each",
-        )
+    tasks = check_records(data, kind, loss=loss, heads=heads, limit=limit)
 
     def load(folder: str | Path) -> nn.Module:
         model: nn.Module = _offline(lambda f: getattr(transformers, AUTO[kind]).from_pretrained(f), folder)

@@ -42,18 +42,6 @@ def _user_gradient(reference: str) -> Any:
     return make()
 
 
-def _heads(given: list[str]) -> dict[str, str] | None:
-    from .errors import BadInput
-
-    out = {}
-    for item in given:
-        task, eq, folder = item.partition("=")
-        if not eq or not task or not folder:
-            raise BadInput(f"--head {item!r} is not TASK=FOLDER")
-        out[task] = folder
-    return out or None
-
-
 def fw(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The pretrained checkpoint: folder or hub id.")],
     candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...", help="Checkpoints or LoRA adapters.")],
@@ -137,15 +125,15 @@ def fw(
                 )
         options: dict[str, Any] = {k: given[k] for k in (*common, *own) if given[k] is not None}
         template = open_checkpoint(base)
-        check_output(template, out, force=force)
+        check_output(template, out, force=force, inputs=[Path(p) for p in (base, *candidates) if Path(p).is_dir()])
         if gradient is not None:
             ask = _user_gradient(gradient)
         else:
-            from .calibration import hugging_face_gradient
+            from .calibration import hugging_face_gradient, parse_heads
 
             assert data is not None
             ask = hugging_face_gradient(
-                template.folder or base, data, kind.value, loss=loss, heads=_heads(head or []), batch=batch,
+                template.folder or base, data, kind.value, loss=loss, heads=parse_heads(head), batch=batch,
                 max_length=max_length, limit=limit, device=device, amp=torch.bfloat16 if amp else None,
                 checkpointing=checkpointing,
             )  # fmt: skip

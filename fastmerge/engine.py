@@ -123,7 +123,11 @@ def run(
         from .fw.recipes import run_recipe
 
         where = None if out is None else Path(out)
-        return run_recipe(recipe, where, force=force, dry_run=dry_run, allow_pickle=allow_pickle)
+        return run_recipe(
+            recipe, where, device=device, resume=resume, force=force, max_memory=max_memory, max_vram=max_vram,
+            max_shard_bytes=max_shard_bytes, threads=threads, nan=nan, allow_pickle=allow_pickle,
+            ignore_extra=ignore_extra, progress=progress, dry_run=dry_run,
+        )  # fmt: skip
     if method.needs_data:
         raise BadInput(
             f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"

@@ -208,6 +208,14 @@ def _checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
             config.use_cache = use_cache  # type: ignore[union-attr]
 
 
+class Weights(dict[str, Tensor]):
+    """A state dict that knows which of its names are merged; the others are the base's, for a module without its own."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], merged: Iterable[str]) -> None:
+        super().__init__(tensors)
+        self.merged = frozenset(merged)
+
+
 class Gradient:
     """``gradient(state_dict) -> {name: Tensor}`` of a calibration objective; made by :func:`gradient`.
 
@@ -228,6 +236,7 @@ class Gradient:
         reduction: str,
         dtype: torch.dtype | None,
         names: frozenset[str] | None,
+        own: bool,
     ) -> None:
         self._models, self._losses, self._batches = dict(models), dict(losses), dict(batches)
         self._options: dict[str, Any] = {
@@ -238,6 +247,7 @@ class Gradient:
             "reduction": reduction,
             "dtype": dtype,
             "names": names,
+            "own": own,
         }
         self.tasks = tuple(self._batches)
         self._counts = {task: sum(items_in(b) for b in data) for task, data in self._batches.items()}
@@ -277,6 +287,11 @@ class Gradient:
     def _run(self, state: Mapping[str, Tensor], backward: bool) -> tuple[dict[str, Tensor], float]:
         total: dict[str, Tensor] = {}
         value = 0.0
+        wanted = self._options["names"]
+        if isinstance(state, Weights):
+            wanted = state.merged if wanted is None else wanted & state.merged
+            if self._options["own"]:  # what is not merged, a head say, is each task's own
+                state = {n: t for n, t in state.items() if n in state.merged}
         for task in self.tasks:
             mean = self._options["reduction"] == "mean"
             scale = 1.0 / (self._counts[task] * len(self.tasks)) if mean else 1.0
@@ -286,7 +301,6 @@ class Gradient:
                 _checkpointed(self._models[task], self._options["checkpointing"] and backward),
                 torch.set_grad_enabled(backward),
             ):
-                wanted = self._options["names"]
                 for name, p in lent.items():
                     p.requires_grad_(backward and (wanted is None or name in wanted))
                     if name in total:
@@ -346,8 +360,8 @@ def gradient(
     The objective is the mean over items (and then over tasks), or with ``reduction="sum"`` the sum over all items.
 
     Args:
-        model: the module whose state_dict is merged, or one per task (heads of their own: parameters that the merged
-            weights do not have keep each module's values and get no gradient).
+        model: the module whose state_dict is merged, or one per task (heads of their own: parameters that are not
+            merged keep each module's values and get no gradient).
         loss: "cross_entropy", "causal_lm", "mse", "entropy" (unlabelled data), or ``f(module, batch) -> Tensor``, one
             loss per item or their mean; one per task as a mapping.
         batches: an iterable of (inputs, labels), dicts with "labels" (as Hugging Face models take them) or bare
@@ -398,4 +412,5 @@ def gradient(
         reduction=reduction,
         dtype=dtype,
         names=None if parameters is None else frozenset(parameters),
+        own=isinstance(model, Mapping),
     )

@@ -105,7 +105,7 @@ def frank_wolfe(
     Raises: BadInput, naming the candidate and tensor, for anything that does not fit, is damaged or not finite.
     Source: FW-Merging (arXiv:2503.12649), alg. 1; Jaggi 2013 (gap); Lacoste-Julien et al. 2013 (products of hulls).
     """
-    _check(iterations, step_size, scale, step, metric, granularity, missing, space, lora, shards)
+    check(iterations, step_size, scale, step, metric, granularity, missing, space, lora, shards)
     maker = Inner(inner, inner_parameters, seed=seed)
     loss = loss or getattr(gradient, "loss", None)
     if step == "line_search" and loss is None:
@@ -178,10 +178,11 @@ def frank_wolfe(
         return FrankWolfeResult(problem.finish(dtype), record, weights.rows if maker.linear else {})
 
 
-def _check(
+def check(
     iterations: int, step_size: float, scale: float, step: str, metric: str, granularity: str, missing: str,
     space: str | None, lora: str, shards: Any,
 ) -> None:  # fmt: skip
+    """Raises BadInput for a setting that means nothing."""
     for what, value, known in (
         ("step", step, steps.RULES),
         ("metric", metric, ("dot", "cosine")),

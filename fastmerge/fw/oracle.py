@@ -123,7 +123,7 @@ class Pool:
             return lambda begin, end: Piece(fd, start + (first + begin) * dtype.itemsize, dtype)
         assert source.tensor is not None
         flat = source.tensor.detach().reshape(-1)
-        return None if flat.device.type != "cpu" else lambda begin, end: flat[first + begin : first + end]
+        return None if flat.device.type != "cpu" else _within(flat, first)
 
     def origin(self, name: str) -> Callable[[int, int, str], Tensor]:
         """read(begin, end, key) of the base's tensor within this process's part."""
@@ -235,7 +235,7 @@ class Pool:
                 flush()
                 members = have
             found: list[Place] = [p for p in places.values() if p is not None]
-            batch.append((i, g, [*found, lambda begin, end, theta=theta: theta[begin:end]]))
+            batch.append((i, g, [*found, _within(theta)]))
         flush()
         return done
 
@@ -261,7 +261,10 @@ class Pool:
             try:
                 native(gradients, streams, wanted, totals[call[0][0] : call[-1][0] + 1])
             except ReadFailed as error:
-                name, label = out.names[batch[call[error.tensor][0]][0]], self.candidates[rows[members[error.candidate]]].label
+                name, label = (
+                    out.names[batch[call[error.tensor][0]][0]],
+                    self.candidates[rows[members[error.candidate]]].label,
+                )
                 raise BadInput(
                     f"tensor {name!r} can not be read: {error.strerror or error}", where=label,
                     remedy="the candidate is damaged: fetch it again or remove it",
@@ -316,6 +319,10 @@ class Pool:
                     yield torch.equal(x(at, end, "fw0").float(), y(at, end, "fw1").float())
 
         return all(pieces())
+
+
+def _within(flat: Tensor, first: int = 0) -> Place:
+    return lambda begin, end: flat[first + begin : first + end]
 
 
 @dataclass(frozen=True)

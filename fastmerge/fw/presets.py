@@ -55,19 +55,22 @@ SOFT: dict[str, dict[str, Any]] = {
 SOFT["published"] = SOFT["fusion_bench"]
 
 
+def settings(presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> Mapping[str, Any]:
+    """What a preset sets; raises BadInput for one that is not known."""
+    if preset is not None and preset not in presets:
+        raise BadInput(
+            f"unknown preset {preset!r}{did_you_mean(preset, presets)}", remedy=f"one of {', '.join(sorted(presets))}"
+        )
+    return presets[preset] if preset else {}
+
+
 def with_presets(presets: Mapping[str, Mapping[str, Any]]) -> Callable[[F], F]:
     """`preset="name"` replaces the defaults; arguments that the caller gives stay as given."""
 
     def wrap(function: F) -> F:
         @functools.wraps(function)
         def run(*args: Any, preset: str | None = None, **given: Any) -> Any:
-            if preset is not None and preset not in presets:
-                raise BadInput(
-                    f"unknown preset {preset!r}{did_you_mean(preset, presets)}",
-                    remedy=f"one of {', '.join(sorted(presets))}",
-                )
-            settings = {**(presets[preset] if preset else {}), **given}
-            return function(*args, preset=preset, **settings)
+            return function(*args, preset=preset, **{**settings(presets, preset), **given})
 
         return run  # type: ignore[return-value]
 

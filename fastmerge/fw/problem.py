@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import _native
 from ..errors import BadInput, did_you_mean
+from ..gradients import Weights
 from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from ..io.pipeline import Buffers, Files, opened
 from ..io.pipeline import Pool as Workers
@@ -139,13 +140,14 @@ class Problem:
     def sizes(self) -> dict[str, int]:
         return {n: self.parts[n].numel for n in self.names}
 
-    def state(self, theta: Mapping[str, Tensor] | None = None) -> State:
+    def state(self, theta: Mapping[str, Tensor] | None = None) -> Weights:
         """What the gradient callable gets: θ in float32, everything else as the base has it, tied names included."""
         theta = self.theta if theta is None else theta
         out = {n: self.layout.wrap(n, theta[n]) if n in theta else self.fixed[n] for n in self.base.names()}
         for alias, name in self.base.checkpoint.aliases.items():
             out[alias] = out[name]
-        return out
+        aliases = {a for a, n in self.base.checkpoint.aliases.items() if n in theta}
+        return Weights(out, {*theta, *aliases})
 
     def take_gradient(self, found: Any, aliases: Mapping[str, str] | None = None) -> State:
         """The callable's answer, checked: local tensors by name in the base's order, unknown or misshapen ones named.
@@ -222,6 +224,12 @@ class Problem:
             if n not in self.theta:
                 out[n] = self.fixed[n]
                 continue
+            if not bool(torch.isfinite(self.theta[n].sum(dtype=torch.float64))):
+                raise BadInput(
+                    f"the merged tensor {n!r} is not finite",
+                    where=self.base.label,
+                    remedy="does the base, the start or a candidate hold NaN there? else lower step_size or scale",
+                )
             t = self.theta[n].to(dtype or self.base.dtype(n))
             out[n] = self.layout.wrap(n, t)
         for alias, name in self.base.checkpoint.aliases.items():

@@ -86,7 +86,7 @@ def frank_wolfe_soft(
     Raises: BadInput, as hard.
     Source: FW-Merging (arXiv:2503.12649), soft variant.
     """
-    _check(
+    check(
         iterations, top_k, constraint, optimizer, inner_steps, inner_lr, per, selection, granularity, metric, gradient
     )
     loss_known = inner_gradient or gradient
@@ -148,10 +148,11 @@ def frank_wolfe_soft(
         return FrankWolfeResult(problem.finish(dtype), record, weights.rows)
 
 
-def _check(
+def check(
     iterations: int, top_k: int, constraint: str, optimizer: str, inner_steps: int, inner_lr: float | None, per: str,
-    selection: str, granularity: str, metric: str, gradient: Any,
+    selection: str, granularity: str, metric: str, gradient: Any = None,
 ) -> None:  # fmt: skip
+    """Raises BadInput for a setting that means nothing; without a gradient what depends on it is not looked at."""
     for what, value, known in (
         ("constraint", constraint, ("simplex", "capped", "none")),
         ("optimizer", optimizer, ("pgd", "adam")),
@@ -169,7 +170,11 @@ def _check(
         raise BadInput(f"inner_lr must be positive, not {inner_lr}")
     if optimizer == "adam" and inner_lr is None:
         raise BadInput("optimizer='adam' needs inner_lr", remedy="the published value is 1e-3")
-    if selection == "tasks" and not (getattr(gradient, "tasks", None) and hasattr(gradient, "task")):
+    if (
+        gradient is not None
+        and selection == "tasks"
+        and not (getattr(gradient, "tasks", None) and hasattr(gradient, "task"))
+    ):
         raise BadInput(
             "selection='tasks' needs one gradient per task",
             remedy="make it with fm.gradient(model, loss, {task: batches, ...}), or use selection='score'",

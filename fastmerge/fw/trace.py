@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,17 @@ class Trace:
             raise BadInput(f"is not a Frank-Wolfe trace ({error!r})", where=str(path)) from error
 
     def shares(self) -> list[list[float]]:
-        """Per iteration, the share of layers that moved towards each candidate; the last column is the zero vertex."""
+        """Per iteration, the share of layers that moved towards each candidate; the last column is the zero vertex.
+
+        Layers without a gradient (None among the choices) do not count.
+        """
         out = []
         for it in self.iterations:
             counts = [0.0] * (len(self.candidates) + 1)
-            for choice in it.choices:
-                picks: Sequence[int] = choice if isinstance(choice, list) else [choice]
+            chosen = [c if isinstance(c, list) else [c] for c in it.choices if c is not None]
+            for picks in chosen:
                 for k in picks:
-                    counts[k if k >= 0 else -1] += 1 / (len(picks) * len(it.choices))
+                    counts[k if k >= 0 else -1] += 1 / (len(picks) * len(chosen))
             out.append(counts)
         return out
 
@@ -115,7 +117,9 @@ class Trace:
                 bottom = [a + b for a, b in zip(bottom, column, strict=True)]
         middle.set(xlabel="iteration", ylabel="share of the layers", title="chosen candidates")
         middle.legend(fontsize=7, loc="lower right")
-        first = [[c[0] if isinstance(c, list) else c for c in i.choices] for i in self.iterations]
+        first = [
+            [math.nan if c is None else c[0] if isinstance(c, list) else c for c in i.choices] for i in self.iterations
+        ]
         image = right.imshow(
             list(zip(*first, strict=True)), aspect="auto", interpolation="nearest", cmap="tab20", vmin=-1,
             vmax=max(len(self.candidates) - 1, 0), extent=(-0.5, len(steps) - 0.5, len(first[0]) - 0.5, -0.5),

@@ -10,6 +10,7 @@ Kind = Annotated[Literal["text", "lm", "image"], Help("What a record is (docs/fr
 Loss = Annotated[str | None, Help("cross_entropy, causal_lm, mse or entropy; by kind when left out.")]
 Preset = Annotated[str | None, Help("published or fusion_bench: what other keys default to.")]
 Names = Annotated[list[str] | None, Help("Regular expressions of tensor names.")]
+Heads = Annotated[list[str] | None, Help("TASK=FOLDER: the model whose head judges a task's records.")]
 Count = Annotated[int, Range(0)]
 
 
@@ -45,7 +46,10 @@ def frank_wolfe(
     missing: Literal["error", "zero"] = "error",
     batch: Annotated[int, Range(1)] = 8,
     max_length: Annotated[int, Range(1)] = 512,
-    limit: int | None = None,
+    limit: Annotated[int | None, Help("Use at most this many records.")] = None,
+    heads: Heads = None,
+    amp: Annotated[bool, Help("bfloat16 autocast.")] = False,
+    checkpointing: Annotated[bool, Help("Recompute blocks in the backward pass.")] = False,
 ) -> Weight:
     """Steps towards the candidate with the lowest ⟨∇ℓ, θᵢ⟩ on calibration data; see ``fm.frank_wolfe``."""
     raise _whole("frank_wolfe")
@@ -77,7 +81,10 @@ def frank_wolfe_soft(
     missing: Literal["error", "zero"] = "error",
     batch: Annotated[int, Range(1)] = 8,
     max_length: Annotated[int, Range(1)] = 512,
-    limit: int | None = None,
+    limit: Annotated[int | None, Help("Use at most this many records.")] = None,
+    heads: Heads = None,
+    amp: Annotated[bool, Help("bfloat16 autocast.")] = False,
+    checkpointing: Annotated[bool, Help("Recompute blocks in the backward pass.")] = False,
 ) -> Weight:
     """Several vertices per step, their coefficients optimised on calibration data; see ``fm.frank_wolfe_soft``."""
     raise _whole("frank_wolfe_soft")

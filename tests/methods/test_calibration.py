@@ -1,11 +1,10 @@
 """Calibration files, and the fw command from records to a checkpoint folder."""
 
 import json
-import sys
-import warnings
 
 import pytest
 import torch
+from hugging_face import import_transformers, lines
 from typer.testing import CliRunner
 
 from fastmerge import fw
@@ -17,11 +16,6 @@ from fastmerge.io.checkpoint import open_checkpoint
 # Named third-party warnings only: transformers touches deprecated names while it loads.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers", "ignore::FutureWarning:transformers")
 WORDS = ["the", "a", "film", "was", "good", "bad", "dull", "fine", "great", "poor", "plot", "music"]
-
-
-def lines(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
 
 
 def test_records_are_read_from_json_lines_and_parquet(tmp_path):
@@ -73,20 +67,6 @@ def test_only_responses_count_in_language_model_batches():
     assert len(lm_batches(records, Letters(), batch=1, max_length=5)) == 2
     short, _ = lm_batches(records, Letters(), batch=1, max_length=3)
     assert short["labels"].tolist() == [[-100, -100, -100]]
-
-
-def import_transformers():
-    """A torchvision built for another torch keeps transformers from importing text models: then do without it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import torchvision  # noqa: F401
-        except (ImportError, RuntimeError):
-            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            sys.modules["torchvision"] = None
-        from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-    return BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmerge.errors import BadInput
-from fastmerge.gradients import gradient
+from fastmerge.gradients import Weights, gradient
 
 
 class Net(nn.Module):
@@ -124,6 +124,19 @@ def test_tasks_with_heads_of_their_own():
     assert g.value == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-5)
     assert g.tasks == ("a", "b")
     assert g.items == 20
+
+
+def test_what_is_not_merged_is_each_tasks_own():
+    nets = {"a": make(0), "b": make(1)}
+    batches = {"a": data(8), "b": data(12, seed=1)}
+    state = make(2).state_dict()
+    merged = [n for n in state if not n.startswith("head")]
+    g = gradient(nets, "cross_entropy", batches)
+    want = g({n: state[n] for n in merged})
+    check(g(Weights(state, merged)), want)  # the heads of one shape are not taken from the state
+    one = gradient(nets["a"], "cross_entropy", batches["a"])
+    full = one(state)
+    check(one(Weights(state, merged)), {n: t for n, t in full.items() if n in merged})  # the state's head judges here
 
 
 def test_losses():
