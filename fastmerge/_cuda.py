@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _cupy, _native
 
-THREADS = 256  # FM_THREADS in csrc/common/cuda.cuh
+THREADS = _cupy.THREADS
 SHARED = 48 * 1024  # bytes any GPU gives a block without being asked twice
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # No contraction: class A operators promise the same bits as on a CPU (docs/numerics.md).
 OPTIONS = ("--std=c++17", "--fmad=false")
+THREADS = 256  # FM_THREADS in csrc/common/cuda.cuh; no kernel takes more than 48 KiB of shared memory
 SOURCES = ("permute", "expert_scatter", "fw_products", "fw_step")
 
 
@@ -65,7 +66,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 class Runtime:
-    """Kernels compiled at first use, for the device at hand, and kept in CuPy's on-disk cache."""
+    """Kernels compiled at first use, for the device at hand: about a second per source and process."""
 
     device_type = "cuda"
 
@@ -81,13 +82,31 @@ class Runtime:
 
     @functools.cache  # noqa: B019 (one Runtime per process)
     def _module(self, name: str, index: int) -> Any:
-        return _load()[0].RawModule(code=source(name), options=OPTIONS, backend="nvrtc")
+        cupy = _load()[0]
+        # Not cupy.RawModule: it adds -ftz=true, and class A operators keep subnormals (docs/numerics.md).
+        compiled, _ = cupy.cuda.compiler.compile_using_nvrtc(source(name), OPTIONS, filename=f"{name}.cu")
+        module = cupy.cuda.function.Module()
+        module.load(compiled)
+        return module
 
     def launch(self, kernel: str, blocks: int, shared: int, tasks: Tensor, first_block: Tensor, count: int) -> None:
         cupy, index = _load()[0], tasks.device.index or 0
-        with cupy.cuda.Device(index), cupy.cuda.ExternalStream(torch.cuda.current_stream(tasks.device).cuda_stream):
+        with cupy.cuda.Device(index), _stream(cupy, torch.cuda.current_stream(tasks.device)):
             function = self._module(source_of(kernel), index).get_function(kernel)
-            if shared > 48 * 1024:
-                function.max_dynamic_shared_size_bytes = shared
             arguments = (cupy.uint64(tasks.data_ptr()), cupy.uint64(first_block.data_ptr()), cupy.uint32(count))
-            function((blocks,), (256,), arguments, shared_mem=shared)
+            function((blocks,), (THREADS,), arguments, shared_mem=shared)
+
+
+def _stream(cupy: Any, stream: Any) -> Any:
+    """A torch stream as CuPy's: by the CUDA stream protocol where both have it (CuPy 14), else by its address."""
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream)
+
+
+def from_tensor(tensor: Tensor) -> Any:
+    """A CuPy array over a GPU tensor's memory."""
+    cupy, reason = _load()
+    if cupy is None:
+        raise ImportError(reason)
+    return cupy.from_dlpack(tensor)

@@ -136,9 +136,9 @@ def _foreign_kind(values: Any) -> str | None:
 def _to_foreign(value: Any, kind: str) -> Any:
     if isinstance(value, torch.Tensor):
         if kind == "cupy":
-            import cupy
+            from . import _cupy
 
-            return cupy.from_dlpack(value)
+            return _cupy.from_tensor(value)
         return value.numpy()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_to_foreign(v, kind) for v in value))

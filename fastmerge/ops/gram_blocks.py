@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._dispatch import op
+from .._dispatch import _from_foreign, op
 from ._checks import require_float, require_like
 
 BLOCK = 65_536  # elements whose products are summed together; blocks begin at multiples of it
@@ -93,7 +93,7 @@ def gram(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
 
     Cost, numerics and errors as :func:`gram_blocks`; blocks are added in order, so a streamed sum has the same bits.
     """
-    return total(gram_blocks(base, models), len(models))
+    return total(gram_blocks(_from_foreign(base), _from_foreign(models)), len(models))
 
 
 @gram_blocks.case("three deltas over two blocks")

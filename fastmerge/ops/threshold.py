@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._dispatch import _from_foreign
 from ._checks import compute_dtype, per_model, require_float, require_like
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -132,6 +133,7 @@ def topk_thresholds(
     Returns: per model a Threshold, a Window when gamma is given, or None when everything is kept.
     Numerics: class A. Raises: TypeError, ValueError as :func:`fastmerge.ops.consensus_merge`.
     """
+    base, models = _from_foreign(base), _from_foreign(models)
     if not models:
         raise ValueError("topk_thresholds: models is empty")
     if base is not None:

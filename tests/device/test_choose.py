@@ -78,15 +78,15 @@ def test_the_model_is_bytes_over_bandwidths():
     m = seconds(work("linear", 100, workers=2), 1, 20e9)
     assert m["copy_s"] == 100e9 / 20e9
     assert m["gpu_s"] == STARTUP + max(100e9 / (2 * 7e9), 5.0)
-    assert m["cpu_s"] == 100e9 / (2 * 7e9) + 100e9 / (2 * 6e9)
+    assert m["cpu_s"] == 100e9 / (2 * 7e9) + 100e9 / (2 * 5e9)
     assert seconds(work("linear", 100, workers=2), 2, 20e9)["copy_s"] == 2.5
 
 
 def test_auto_takes_the_gpu_where_the_cpu_is_the_slower_one():
     with use_devices([FakeDevice(bus=25e9), FakeDevice("cuda:1")]):
-        chosen = choose("auto", work("fr", 50, workers=8))
+        chosen = choose("auto", work("fr", 200, workers=8))
     assert chosen.name == "cuda:0"
-    assert chosen.why.startswith("auto: cuda:0. Model: 50.00 GB to the GPU and 10.00 GB back at 25 GB/s, 3 s to start")
+    assert chosen.why.startswith("auto: cuda:0. Model: 200.00 GB to the GPU and 40.00 GB back at 25 GB/s, 3 s to start")
     assert chosen.model["gpu_s"] < chosen.model["cpu_s"]
     assert chosen.where(methods.get("fr")) == {"fit": "cpu", "scan": "cpu", "merge": "cuda:0"}
 

@@ -100,6 +100,8 @@ def rows(name: str, arch: int) -> dict[str, dict[str, Any]]:
             "wide_loads": sum(i.startswith("LD") and ".128" in i for i in memory),
             "wide_stores": sum(i.startswith("ST") and ".128" in i for i in memory),
             "fma": len(re.findall(r"\bFFMA|\bDFMA", code[kernel])),
+            # Not F2I.FTZ, which is part of an integer division.
+            "ftz": len(re.findall(r"\b(?:FADD|FMUL|FFMA|FSETP|FMNMX|F2F|F2FP)[A-Z0-9_.]*\.FTZ", code[kernel])),
             "occupancy": round(occupancy(arch, int(registers), total, _cuda.THREADS), 3),
         }
     assert found, f"cuobjdump printed no resource usage: {usage.stdout}{usage.stderr}"
