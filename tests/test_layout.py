@@ -1,12 +1,18 @@
 """Every operator has a reference, a kernel, cases, a test and a benchmark, each where a reader looks for it."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 import fastmerge.ops
 from fastmerge._dispatch import Op
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 OPS = {name: value for name in fastmerge.ops.__all__ if isinstance(value := getattr(fastmerge.ops, name), Op)}
@@ -52,3 +58,9 @@ def test_benchmarks_are_of_operators(path):
         for t in node.targets
     ]
     assert "BENCH" in names
+
+
+def test_every_package_goes_into_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for folder in {p.parent for p in (ROOT / "fastmerge").rglob("__init__.py")}:
+        assert ".".join(folder.relative_to(ROOT).parts) in listed
