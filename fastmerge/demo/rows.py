@@ -33,6 +33,8 @@ class Row:
     search_seconds: float = 0.0
     cost: Cost | None = None
     note: str = ""
+    expert_bytes: int | None = None  # of one task's expert file, on average
+    swap_seconds: float | None = None  # from one expert to another
 
     @property
     def mean(self) -> float:
@@ -136,11 +138,12 @@ def plain_rows(family: DemoFamily, test: int) -> list[Row]:
     return rows
 
 
-def _special() -> dict[str, Callable[[DemoFamily, Path, Budget], Row]]:
-    """Methods that see data, each with its own way of making a row."""
+def _special() -> dict[str, Callable[[DemoFamily, Path, Budget], Row | list[Row]]]:
+    """Methods that see data or make more than one model, each with its own way of making its rows."""
     from .frank_wolfe import hard_row, soft_row
+    from .free import free_rows
 
-    return {"frank_wolfe": hard_row, "frank_wolfe_soft": soft_row}
+    return {"frank_wolfe": hard_row, "frank_wolfe_soft": soft_row, "free": free_rows}
 
 
 def row_names() -> list[str]:
@@ -158,8 +161,8 @@ def merge_rows(
     for name in wanted:
         tell(name)
         row = special[name](family, out / name, budget) if name in special else merger.row(name, out / name)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
+        if isinstance(row, str):
             left_out[name] = row
+        else:
+            rows += row if isinstance(row, list) else [row]
     return rows, left_out

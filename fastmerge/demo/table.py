@@ -39,6 +39,10 @@ def accuracy_table(title: str, rows: Sequence[Row], tasks: Sequence[str], judged
     table.add_column("mean", justify="right", style="bold")
     table.add_column("ms", justify="right")
     table.add_column("MiB", justify="right")
+    experts = any(r.expert_bytes is not None for r in rows)
+    if experts:
+        table.add_column("kB/expert", justify="right")
+        table.add_column("swap ms", justify="right")
     merges = [r for r in rows if r.kind in judged]
     best = {t: max((r.accuracy.get(t, 0.0) for r in merges), default=0.0) for t in tasks}
     best_mean = max((r.mean for r in merges), default=0.0)
@@ -55,8 +59,16 @@ def accuracy_table(title: str, rows: Sequence[Row], tasks: Sequence[str], judged
             _percent(row.mean, judge and row.mean == best_mean),
             "" if row.cost is None else f"{1e3 * row.cost.seconds:.0f}",
             "" if row.cost is None else _size(row.cost.memory),
+            *(_expert(row) if experts else ()),
         )
     return table
+
+
+def _expert(row: Row) -> tuple[str, str]:
+    """Bytes of one expert's file and the time of a swap."""
+    if row.expert_bytes is None or row.swap_seconds is None:
+        return "", ""
+    return f"{row.expert_bytes / 1e3:.1f}", f"{1e3 * row.swap_seconds:.2f}"
 
 
 def geometry_table(report: OwnReport) -> Table:

@@ -119,15 +119,13 @@ class Collection:
 
         def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
             at = slice(offset // BLOCK, -(-(offset + models[0].numel()) // BLOCK))
+            blocks[0, :, at] = ops.abs_sum(base, models)
             for i, model in enumerate(models):
-                delta = _delta(stream, base, model)
-                blocks[0, i, at] = ops.abs_sum(None, [delta])[0]
                 if p["mu"] == "balanced":
-                    blocks[1, i, at] = ops.gram_blocks(None, [delta])[:, 0]
-                index = torch.from_numpy(np.flatnonzero(choose(delta, i, offset).view(-1).cpu().numpy()))
-                piece = offset, index, delta[index.to(delta.device)].cpu()
+                    blocks[1, i, at] = ops.gram_blocks(base, [model])[:, 0]
+                index, value = choose(base, model, i, offset)
                 with lock:
-                    pieces[i].append(piece)
+                    pieces[i].append((offset, index.cpu(), value.cpu()))
 
         stream.for_each(visit, align=stream.shape[-1] if rows else 1)
         filtered = [_filtered_sum(stream, rule, i) for i in range(stream.count)] if p["mu"] == "vit" else []
@@ -179,12 +177,37 @@ def _by_rows(shape: Sequence[int], p: Mapping[str, Any]) -> bool:
     return p["trim"] == "rank_random" or (p["by"] == "row" and int(shape[-1] * min(p["density"])) >= 1)
 
 
-def _chooser(stream: TensorStream, rows: bool) -> Callable[[Tensor, int, int], Tensor]:
-    """mask(delta, model, offset) of a flat piece of a model's delta: whole rows when `rows`, anything otherwise."""
+def _chooser(stream: TensorStream, rows: bool) -> Callable[[Tensor | None, Tensor, int, int], tuple[Tensor, Tensor]]:
+    """choose(base, model, number, offset) -> positions in the tensor and values of the kept entries of a flat piece:
+    whole rows when `rows`, anything otherwise."""
     p = stream.parameters
     densities: list[float] = p["density"]
     gammas: list[float] | None = p["gamma"] if p["trim"] == "window" else None
     length = stream.shape[-1] if rows else stream.numel
+    if rows and p["trim"] == "topk":
+
+        def gather(base: Tensor | None, model: Tensor, i: int, offset: int) -> tuple[Tensor, Tensor]:
+            origin = None if base is None else base.view(-1, length)
+            found: tuple[Tensor, Tensor] = ops.expert_gather(
+                origin, model.view(-1, length), densities[i], offset=offset
+            )
+            return found
+
+        return gather
+    mask = _masker(stream, rows, densities, gammas, length)
+
+    def masked(base: Tensor | None, model: Tensor, i: int, offset: int) -> tuple[Tensor, Tensor]:
+        delta = _delta(stream, base, model).view(-1)
+        index = torch.from_numpy(np.flatnonzero(mask(delta, i, offset).view(-1).cpu().numpy()))
+        return index + offset, delta[index.to(delta.device)]
+
+    return masked
+
+
+def _masker(
+    stream: TensorStream, rows: bool, densities: list[float], gammas: list[float] | None, length: int
+) -> Callable[[Tensor, int, int], Tensor]:
+    p = stream.parameters
     if p["trim"] in ("random", "rank_random"):
         seed, name, epsilon = stream.seed, stream.name, p["epsilon"] if p["trim"] == "rank_random" else 0.0
         if epsilon and not rows:  # the ranks of a vector need all of it
@@ -235,8 +258,8 @@ def _filtered_sum(stream: TensorStream, rule: Rule, i: int) -> float:
 def _joined(pieces: list[_Piece], stream: TensorStream) -> Sparse:
     """Pieces in order, in the stored dtype; entries that are zero there are dropped."""
     pieces.sort(key=lambda piece: piece[0])
-    index = torch.cat([at.cpu() + offset for offset, at, _ in pieces])
-    value = torch.cat([v.cpu() for _, _, v in pieces]).to(stream.out_dtype)
+    index = torch.cat([at for _, at, _ in pieces])
+    value = torch.cat([v for _, _, v in pieces]).to(stream.out_dtype)
     there = value != 0
     if not bool(there.all()):
         index, value = index[there], value[there]

@@ -28,8 +28,9 @@ class FreeModel(nn.Module):
             value, as the published code; this needs `base`. Default: what the experts were made for.
         base: the state dict (or module) that the models were fine-tuned from, for ``override``.
         heads: modules by task that take the place of the submodule called `head` while the task is in use.
-        router: ``router(*args, **kwargs)`` -> scores [B, T], columns in the order of `tasks`, or [B] task indices; a
-            fastmerge Router does. With one, ``forward`` runs every sample with its own expert.
+        router: ``router(*args, **kwargs)`` -> scores [B, T] or indices [B], of its own list `tasks` of names where it has
+            one, as a fastmerge Router, else of this model's `tasks`. With one, ``forward`` runs every sample with its
+            own expert.
 
     Swapping costs the expert's entries only: about 1 % of the weights at the usual density. Works under
     torch.inference_mode, and on CUDA (move the module first, or call ``to``: positions and values follow).
@@ -57,6 +58,7 @@ class FreeModel(nn.Module):
         self.combine = combine
         self.tasks = list(self.experts)
         self.router = router
+        self._columns = self._match(router)
         self.task: str | None = None  # the expert in use, if one alone is
         if (heads is None) != (head is None):
             raise BadInput("heads and head go together", remedy="head names the submodule that heads[task] replaces")
@@ -71,6 +73,19 @@ class FreeModel(nn.Module):
         self._targets = self._find_targets()
         self._ready: dict[str, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
         self._undo: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+
+    def _match(self, router: Callable[..., Tensor] | None) -> Tensor | None:
+        """The index here of each of the router's tasks, which may come in another order."""
+        names = getattr(router, "tasks", None)
+        if names is None:
+            return None
+        unknown = [t for t in names if t not in self.tasks]
+        if unknown:
+            raise BadInput(
+                f"the router picks {unknown[0]!r}, for which there is no expert",
+                remedy=f"experts: {', '.join(self.tasks)}",
+            )
+        return torch.tensor([self.tasks.index(t) for t in names], dtype=torch.long)
 
     def _find_targets(self) -> dict[str, Tensor]:
         """Parameters and buffers by name; every expert must fit them."""
@@ -167,7 +182,8 @@ class FreeModel(nn.Module):
             raise BadInput("there is no router", remedy="pass router=, or a task")
         with torch.no_grad():
             scores = self.router(*args, **kwargs)
-        return scores.argmax(-1) if scores.ndim == 2 else scores.long()
+        chosen = scores.argmax(-1) if scores.ndim == 2 else scores.long()
+        return chosen if self._columns is None else self._columns.to(chosen.device)[chosen]
 
     def groups(
         self, *args: Any, tasks: Tensor | Sequence[str] | None = None, **kwargs: Any

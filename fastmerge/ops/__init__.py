@@ -2,6 +2,7 @@
 
 from .abs_sum import abs_sum
 from .consensus_merge import consensus_merge
+from .expert_gather import expert_gather
 from .expert_scatter import expert_scatter
 from .fw_lmo import fw_lmo
 from .fw_products import fw_products
@@ -27,6 +28,7 @@ __all__ = [
     "ZipMatch",
     "abs_sum",
     "consensus_merge",
+    "expert_gather",
     "expert_scatter",
     "fw_lmo",
     "fw_products",

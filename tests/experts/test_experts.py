@@ -167,6 +167,17 @@ def test_routing_groups_samples(served, tmp_path):
         assert [(t, len(i)) for t, i, _ in free.groups(x)] == [("a", 4), ("b", 3), ("c", 4)]
 
 
+def test_a_router_names_its_tasks_in_its_own_order(served):
+    _, backbone, experts = served
+    x = torch.cat([torch.randn(5, 6) + 9, torch.randn(4, 6) - 9, torch.randn(3, 6)])
+    router = train({"c": x[:5], "a": x[5:9], "b": x[9:]}, epochs=40)
+    free = FreeModel(backbone, experts, router=router)
+    assert [free.tasks[i] for i in free.route(x)] == ["c"] * 5 + ["a"] * 4 + ["b"] * 3
+    assert [(t, len(i)) for t, i, _ in free.groups(x)] == [("a", 4), ("b", 3), ("c", 5)]
+    with pytest.raises(BadInput, match="picks 'c', for which there is no expert"):
+        FreeModel(backbone, experts[:2], router=router)
+
+
 def test_heads_follow_the_task(served):
     _, backbone, experts = served
     heads = {"a": nn.Linear(8, 2), "b": nn.Linear(8, 5)}
