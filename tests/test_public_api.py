@@ -25,6 +25,7 @@ PUBLIC = [
     "experts",
     "frank_wolfe",
     "frank_wolfe_soft",
+    "free",
     "gradient",
     "merge",
     "method",
