@@ -13,6 +13,7 @@ import pytest
 import torch
 from checks import assert_same_bits
 
+import fastmerge
 from fastmerge import demo, methods
 from fastmerge.demo import command, pair, rows, search, sources, tasks, train, vit, worker
 from fastmerge.errors import BadInput
@@ -20,6 +21,7 @@ from fastmerge.errors import BadInput
 TINY = train.Settings(
     vit.Shape(width=48, depth=1, heads=4), pretrain_steps=60, finetune_steps=60, pretrain_rate=4e-3, finetune_rate=2e-3
 )
+FREE = ["free 1% oracle", "free 1% router", "free 10% oracle", "free 10% router"]
 
 
 @pytest.fixture(scope="session")
@@ -193,11 +195,11 @@ def test_main_merges_by_the_engine_and_reports(
     monkeypatch.setattr(train, "QUICK", TINY)
     monkeypatch.setattr(rows, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
     monkeypatch.setattr(command, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
-    names = ["linear", "slerp", "task_arithmetic", "frank_wolfe", "passthrough"]
+    names = ["linear", "slerp", "task_arithmetic", "frank_wolfe", "free", "passthrough"]
     result = demo.main(quick=True, out=tmp_path / "out", cache=cache, json=True, methods=names)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "demo.json").read_text())
     made = {row["name"]: row for row in result["rows"]}
-    assert set(made) == {"base", *family.tasks, "individual", "linear", "task_arithmetic", "frank_wolfe"}
+    assert set(made) == {"base", *family.tasks, "individual", "linear", "task_arithmetic", "frank_wolfe", *FREE}
     assert [row["name"] for row in result["pairs"]] == ["slerp"]
     assert result["left_out"] == {"passthrough": "copies one model"}
     for name in ("linear", "task_arithmetic", "frank_wolfe"):
@@ -208,6 +210,17 @@ def test_main_merges_by_the_engine_and_reports(
     linear = vit.load_checkpoint(tmp_path / "out" / "linear")
     assert all(torch.allclose(linear[n].double(), average[n], atol=1e-6) for n in average)
     assert made["individual"]["accuracy"]["pens"] == made["pens"]["accuracy"]["pens"]
+    assert [name for name, row in made.items() if row["kind"] == "routed"] == FREE
+    for name, folder in zip(FREE, ["free", "free", "free_0.1", "free_0.1"], strict=True):
+        backbone = family.model(vit.load_checkpoint(tmp_path / "out" / folder))
+        sizes = [file.stat().st_size for file in (tmp_path / "out" / folder / "experts").iterdir()]
+        assert made[name]["expert_bytes"] == sum(sizes) // 5
+        assert made[name]["swap_seconds"] > 0
+        if name.endswith("oracle"):
+            free = fastmerge.experts.FreeModel(backbone, tmp_path / "out" / folder / "experts")
+            for task in family.tasks:
+                own = family.accuracy(free.use(task).model, [task], limit=50)
+                assert own[task] == made[name]["accuracy"][task]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert family.evaluate(family.state(), limit=50) == made["base"]["accuracy"]
 
