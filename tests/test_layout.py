@@ -1,6 +1,7 @@
 """Every operator has a reference, a kernel, cases, a test and a benchmark, each where a reader looks for it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -64,3 +65,27 @@ def test_every_package_goes_into_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     for folder in {p.parent for p in (ROOT / "fastmerge").rglob("__init__.py")}:
         assert ".".join(folder.relative_to(ROOT).parts) in listed
+
+
+def test_every_import_is_a_declared_dependency():
+    """Of the package itself: what it imports anywhere must come with `pip install fastmerge` or one of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    declared = {re.split(r"[<>=;!~ \[]", d)[0].lower().replace("-", "_") for d in listed}
+    modules = {"yaml": "pyyaml", "PIL": "pillow", "cuda": "cuda_bindings", "cupy": "cupy_cuda13x"}
+    missing = set()
+    for path in [*(ROOT / "fastmerge").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            for top in {n.partition(".")[0] for n in names} - set(sys.stdlib_module_names) - {"fastmerge"}:
+                if modules.get(top, top).lower() not in declared:
+                    missing.add((path.name, top))
+    assert not missing
+
+
+def test_what_a_merge_needs_is_no_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    plain = {re.split(r"[<>=;!~ \[]", d)[0] for d in project["dependencies"]}
+    assert {"torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "scipy", "xxhash", "safetensors"} <= plain
