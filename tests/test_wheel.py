@@ -46,8 +46,7 @@ def environment(folder, wheel):
     """The interpreter of an environment that has the wheel, and this environment's libraries but not its fastmerge."""
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     site = Path(_run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    with zipfile.ZipFile(wheel) as z:
-        z.extractall(site)
+    _run(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-q", "--no-deps", wheel)
     # A .pth adds the libraries behind site-packages; .pth files in there (an editable fastmerge's) are not followed.
     own = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
     (site / "libraries.pth").write_text("\n".join(dict.fromkeys(own)) + "\n")
@@ -87,6 +86,10 @@ def test_merges_away_from_the_clone(python, tmp_path):
     )
     _run(python, "-c", code, *folders, tmp_path / "out", cwd=tmp_path)
     assert set(load(tmp_path / "out")) == set(base)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n")
+    _run(python.with_name("fastmerge"), "merge", "recipe.yml", "linear", cwd=tmp_path)
+    assert set(load(tmp_path / "linear")) == set(base)
 
 
 def test_without_a_compiler_the_reference_serves_and_doctor_says_so(tmp_path):

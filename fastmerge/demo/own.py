@@ -78,7 +78,7 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
     """Merge paths[1:] onto paths[0] by every method called for, into out/<method>, and compare where they lie.
 
     Nothing is known that could choose parameters: they are the methods' defaults, weights 1/n, and the middle of the
-    demo's grid where there is no default. Raises BadInput as the engine does.
+    demo's grid where there is no default. Raises BadInput as the engine does when no method can merge them.
     """
     if len(paths) < 3:
         raise BadInput(
@@ -88,6 +88,7 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
     base, *models = (Path(p) for p in paths)
     made: list[Line] = []
     left_out: dict[str, str] = {}
+    failed: list[BadInput] = []
     for name in names:
         method = get(name)
         least, most = method.models
@@ -99,9 +100,16 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
         recipe = Recipe.from_call(
             name, None if method.base == "ignored" else str(base), [str(m) for m in models], keywords(parameters)
         )
-        with measured() as cost:
-            run(recipe, out / name, force=True)
+        try:
+            with measured() as cost:
+                run(recipe, out / name, force=True)
+        except BadInput as error:  # a method may not fit these networks (mudsc knows some architectures); others do
+            failed.append(error)
+            left_out[name] = str(error)
+            continue
         made.append(Line(name, "merge", 0.0, 0.0, {}, parameters, cost))
+    if failed and not made:
+        raise failed[0]
     tell("comparison")
     products, square = gram(
         open_checkpoint(base), [open_checkpoint(p) for p in (*models, *(out / line.name for line in made))]

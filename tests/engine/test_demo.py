@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import near, save, tiny_state
 from checks import assert_same_bits
 
 import fastmerge
@@ -238,6 +239,16 @@ def test_own_models_are_told_apart_by_where_they_lie(family: demo.DemoFamily, tm
     cosine = torch.cosine_similarity(merged, pens - base, 0)
     assert lines["linear"]["cosines"]["pens"] == pytest.approx(float(cosine), abs=1e-4)
     assert lines["scans"]["cosines"]["scans"] == pytest.approx(1.0)
+
+
+def test_own_models_that_one_method_does_not_know_are_merged_by_the_others(tmp_path: Path) -> None:
+    base = tiny_state()
+    dirs = [save(tmp_path / "base", base), *(save(tmp_path / n, near(base, i)) for i, n in enumerate("ab", 1))]
+    result = demo.main(models=dirs, out=tmp_path / "out", methods=["linear", "mudsc"])
+    assert [line["name"] for line in result["lines"]] == ["a", "b", "linear"]
+    assert "no shipped architecture" in result["left_out"]["mudsc"]
+    with pytest.raises(BadInput, match="no shipped architecture"):
+        demo.main(models=dirs, out=tmp_path / "out", methods=["mudsc"])
 
 
 def test_bad_requests_are_refused(family: demo.DemoFamily, tmp_path: Path) -> None:
