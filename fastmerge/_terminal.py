@@ -10,11 +10,34 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from .errors import FastmergeError
+from .errors import BadInput, FastmergeError
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def imported(reference: str, option: str) -> Any:
+    """What ``module:function`` or ``file.py:function`` returns when called without arguments."""
+    import importlib
+    import importlib.util
+
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise BadInput(f"{option} {reference!r} is not MODULE:FUNCTION or FILE.py:FUNCTION")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("fastmerge_user_code", place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        make = getattr(module, name)
+    except (ImportError, OSError, AttributeError) as error:
+        raise BadInput(f"{option} {reference!r} can not be imported ({error})") from error
+    return make()
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as json_
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._terminal import failing_politely, say
+from ._terminal import failing_politely, imported, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,29 @@ def _options(checkpoint: Checkpoint, heads: int | None, kv_heads: int | None) ->
     return {**heads_in_config(checkpoint.config()), **{k: v for k, v in given.items() if v is not None}}
 
 
+def _check_plot(plot: Path | None, data: Path | None, loss: str | None) -> None:
+    from .errors import BadInput
+
+    if plot is None and (data is not None or loss is not None):
+        raise BadInput("--data and --loss are for the picture of the loss", remedy="add --plot FILE")
+    if data is not None and loss is not None:
+        raise BadInput("give either --data (with --kind) or --loss, not both")
+
+
+def _loss(
+    loss: str | None, data: Path | None, kind: str, limit: int | None, folder: str
+) -> Callable[[dict[str, Tensor]], float] | None:
+    """What tells the loss of a state dict: the user's function, or a transformers model on records."""
+    if loss is not None:
+        made: Callable[[dict[str, Tensor]], float] = imported(loss, "--loss")
+        return made
+    if data is None:
+        return None
+    from .calibration import hugging_face_gradient
+
+    return hugging_face_gradient(folder, data, kind, limit=limit).loss
+
+
 def align(
     models: Annotated[list[str], typer.Argument(help="Checkpoints; the first one is the frame of the others.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the permutations (.npz).")],
@@ -59,7 +83,21 @@ def align(
     order: Annotated[str, typer.Option(help="Order of the sweeps: topological or random.")] = "topological",
     sweeps: Annotated[int, typer.Option(min=1, help="At most so many sweeps.")] = 100,
     seed: Annotated[int, typer.Option()] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the trace and similarity blocks to this file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the trace, similarity blocks and, given --data or --loss, the loss between the networks."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Records for the loss, .jsonl or .parquet (as `fastmerge fw --data`).")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="What a record is: text, lm or image.")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many records.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="MODULE:FUNCTION returning a callable of a state dict (its loss), instead of --data."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -68,6 +106,8 @@ def align(
         from .structure import align as run
         from .structure import named_spec
 
+        _check_plot(plot, data, loss)
+        judge = _loss(loss, data, kind, limit, models[0])
         loaded = [_read(m) for m in models]
         states = [s for _, s in loaded]
         found = run(
@@ -82,7 +122,7 @@ def align(
         if plot is not None:
             from .structure.plotting import plot as draw
 
-            draw(found, plot, states=states)
+            draw(found, plot, states=states, loss=judge)
         if json:
             rows = [{"model": m, "sweeps": [vars(s) for s in t]} for m, t in zip(models, found.trace, strict=True)]
             print(json_.dumps({"out": str(out), "objective": found.objective, "models": rows}))

@@ -8,38 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ._terminal import failing_politely, say
+from ._terminal import failing_politely, imported, say
 
 
 class Kind(str, enum.Enum):
     text = "text"
     lm = "lm"
     image = "image"
-
-
-def _user_gradient(reference: str) -> Any:
-    """What ``module:function`` or ``file.py:function`` returns when called without arguments."""
-    import importlib
-    import importlib.util
-
-    from .errors import BadInput
-
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
-        raise BadInput(f"--gradient {reference!r} is not MODULE:FUNCTION or FILE.py:FUNCTION")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("fastmerge_user_gradient", place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        make = getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise BadInput(f"--gradient {reference!r} can not be imported ({error})") from error
-    return make()
 
 
 def fw(
@@ -127,7 +102,7 @@ def fw(
         template = open_checkpoint(base)
         check_output(template, out, force=force, inputs=[Path(p) for p in (base, *candidates) if Path(p).is_dir()])
         if gradient is not None:
-            ask = _user_gradient(gradient)
+            ask = imported(gradient, "--gradient")
         else:
             from .calibration import hugging_face_gradient, parse_heads
 

@@ -19,7 +19,11 @@ from .chart import save_chart
 from .family import prepare
 from .measure import machine
 from .own import merge_own
+from .pair import FULL as FULL_PAIR
+from .pair import QUICK as QUICK_PAIR
+from .pair import prepare_pair
 from .rows import FULL, QUICK, merge_rows, plain_rows, row_names
+from .starts import start_rows, start_table
 from .table import accuracy_table, geometry_table
 
 
@@ -131,6 +135,7 @@ def _family(
         two = tasks[:2]
         title = f"methods of two models: {two[0]} + {two[1]}"
         console.print(accuracy_table(title, pairs, two))
+    starts = _starts(console, quick, cache, folder) if "mudsc" in names else []
     _print_left_out(console, left_out)
     chart = folder / "demo.png"
     if whole:
@@ -145,10 +150,20 @@ def _family(
         "calibration_images_per_task": budget.calibration,
         "rows": [row.to_dict() for row in rows + whole],
         "pairs": [row.to_dict() for row in pairs],
+        "different_starts": starts,
         "left_out": left_out,
         "chart": str(chart) if whole else None,
         "seconds": {"prepare": round(prepared, 1), "merge_and_evaluate": round(clock.wall(), 1)},
     }
+
+
+def _starts(console: Console, quick: bool, cache: str | os.PathLike[str] | None, folder: Path) -> list[dict[str, Any]]:
+    """The table of the pair that was trained from different seeds."""
+    console.print("two networks from different starts (trained once, then cached)", highlight=False)
+    pair = prepare_pair(cache, QUICK_PAIR if quick else FULL_PAIR)
+    rows = start_rows(pair, folder / "different-starts", lambda name: console.print(f"  {name}", highlight=False))
+    console.print(start_table(pair, rows))
+    return [row.to_dict() for row in rows]
 
 
 def _print_left_out(console: Console, left_out: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class PairSettings:
     weight_decay: float = 1e-3
 
 
+QUICK = PairSettings()
+FULL = PairSettings(width=48, steps=350)
+
+
 class ConvNet(nn.Module):
     """Three convolutions with batch norm, and one linear layer to the features."""
 
@@ -51,7 +56,7 @@ class ConvNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(2 * width)
-        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.fc = nn.Linear(4 * width, features)
 
@@ -117,18 +122,18 @@ def _train(task: Task, half: tuple[int, ...], seed: int, head: torch.Tensor, set
     return model
 
 
-def _save(folder: Path, model: ConvNet, settings: PairSettings) -> None:
+def save_network(folder: Path, state: Mapping[str, torch.Tensor], settings: PairSettings) -> None:
     """An ordinary checkpoint directory."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     config = {"architectures": ["FastmergeDemoConvNet"], "model_type": "fastmerge_demo_convnet", **asdict(settings)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(model.state_dict(), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(dict(state), str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def prepare_pair(cache: str | os.PathLike[str] | None = None, settings: PairSettings | None = None) -> DemoPair:
-    """The two networks (about 10 seconds of training on first use), and what evaluates their merge."""
+    """The two networks, trained on first use (one thread each, side by side), and what evaluates their merge."""
     settings = settings or PairSettings()
     root = Path(cache) if cache is not None else default_cache()
     (root / "data").mkdir(parents=True, exist_ok=True)
@@ -143,9 +148,13 @@ def prepare_pair(cache: str | os.PathLike[str] | None = None, settings: PairSett
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            with one_thread():
-                for i, half in enumerate(HALVES):
-                    _save(draft / f"half{i + 1}", _train(task, half, 100 + i, head, settings), settings)
+            with (
+                ThreadPoolExecutor(len(HALVES), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+                one_thread(),
+            ):
+                nets = pool.map(lambda k: _train(task, HALVES[k], 100 + k, head, settings), range(len(HALVES)))
+                for i, net in enumerate(nets):
+                    save_network(draft / f"half{i + 1}", net.state_dict(), settings)
             try:
                 draft.rename(folder)
             except OSError:  # another process made it meanwhile

@@ -8,9 +8,10 @@ consumes its units. Sizes of groups follow from the shapes, given the numbers of
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -260,8 +261,33 @@ def _solve_size(layout: Layout, total: int, known: Mapping[str, int]) -> dict[st
     return {g: (total - zero) // slope}
 
 
+def _layer_orders(shapes: Shapes) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The tensors in the order of their layers. Modules list them so; files sort names, where layers.10 precedes layers.2
+    and a bias its weight. Runs of layers that differ by a number only are put in the order of that number."""
+    owners = list(dict.fromkeys(n.rpartition(".")[0] for n in shapes))
+    runs = [list(run) for _, run in itertools.groupby(owners, lambda o: re.sub(r"\d+", "#", o))]
+    for run in runs:
+        run.sort(key=lambda o: [int(d) for d in re.findall(r"\d+", o)])
+
+    def ordered(runs: list[list[str]]) -> dict[str, tuple[int, ...]]:
+        of = {o: [n for n in shapes if n.rpartition(".")[0] == o] for run in runs for o in run}
+        return {n: tuple(shapes[n]) for o in of for n in sorted(of[o], key=lambda n: -len(shapes[n]))}
+
+    def rank(run: list[str]) -> int:
+        return max(len(s) for n, s in shapes.items() if n.rpartition(".")[0] in run)
+
+    yield ordered(runs)
+    if all(rank(run) > 1 for run in runs):  # convolutions come before what their features are classified by
+        yield ordered(sorted(runs, key=rank, reverse=True))
+
+
 def _chain(architecture: str, shapes: Shapes) -> PermutationSpec | None:
     """Layers one after the other, each with optional bias and norm: the hidden units between two weights are a group."""
+    found = (_chain_in_order(architecture, s) for s in _layer_orders(shapes))
+    return next((spec for spec in found if spec is not None), None)
+
+
+def _chain_in_order(architecture: str, shapes: Shapes) -> PermutationSpec | None:
     weights = [n for n, s in shapes.items() if len(s) >= 2 and n.endswith("weight")]
     convolutions = sum(len(shapes[n]) > 2 for n in weights)
     if len(weights) < 2 or (convolutions > 0) != (architecture == "vgg"):

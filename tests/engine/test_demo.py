@@ -274,3 +274,29 @@ def test_pair_knows_its_halves_and_the_average_knows_nothing(cache: Path) -> Non
     assert sum(len(x) for x in made.images(300, 125)) == 300
     again = demo.prepare_pair(cache, settings)
     assert again.dirs == made.dirs
+
+
+def test_networks_from_different_starts_merge_better_the_more_is_matched(cache: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from fastmerge.demo import starts
+
+    made = demo.prepare_pair(cache, pair.PairSettings(width=16, features=16, steps=120))
+    told: list[str] = []
+    table = {r.name: r for r in starts.start_rows(made, tmp_path, told.append)}
+    merges = ["average", "activation only", "weight only", "MuDSC align", "MuDSC zip"]
+    assert told == merges
+    assert list(table) == ["network 1", "network 2", "ensemble", *merges]
+    joint = {n: r.accuracy["joint"] for n, r in table.items()}
+    assert joint["average"] < joint["MuDSC align"] < joint["ensemble"]
+    assert joint["average"] + 0.1 < joint["MuDSC zip"]
+    assert table["MuDSC align"].share in starts.SHARES
+    assert table["average"].objective is None
+    for name in merges:  # what is saved is what was judged
+        state = vit.load_checkpoint(Path(table[name].folder or ""))
+        assert made.evaluate(made.model(state)) == table[name].accuracy
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(starts.start_table(made, list(table.values())))
+    assert f"{100 * joint['MuDSC zip']:.1f}" in shown.get()
+    json.dumps([r.to_dict() for r in table.values()])

@@ -86,3 +86,30 @@ def test_plots(tmp_path):
     assert raw[2] > 1.0
     assert max(aligned) < 1e-9
     assert plot(found, tmp_path / "x.png", states=[state, other], loss=loss).stat().st_size > 1000
+
+
+LOSS = """
+def make():
+    return lambda state: float(state["layers.0.weight"].square().sum())
+"""
+
+
+def test_align_draws_the_loss_between_the_networks(tmp_path, app):
+    from safetensors.torch import save_file
+
+    state, other, _ = pair("mlp")
+    for name, s in (("a", state), ("b", other)):
+        (tmp_path / name).mkdir()
+        save_file({k: v.contiguous() for k, v in s.items()}, tmp_path / name / "model.safetensors")
+    (tmp_path / "mine.py").write_text(LOSS)
+    a, b, perms, out = (str(tmp_path / n) for n in ("a", "b", "perms.npz", "p.png"))
+    plain = CliRunner().invoke(app, ["align", a, b, "-o", perms, "--plot", out])
+    assert plain.exit_code == 0, plain.output
+    panels = (tmp_path / "p.png").stat().st_size
+    with_loss = ["align", a, b, "-o", perms, "--plot", out, "--loss", f"{tmp_path / 'mine.py'}:make"]
+    shown = CliRunner().invoke(app, with_loss)
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "p.png").stat().st_size > panels  # one panel more
+    assert CliRunner().invoke(app, ["align", a, b, "-o", perms, "--loss", "x:y"]).exit_code == 2
+    assert CliRunner().invoke(app, [*with_loss[:-1], "nowhere:make"]).exit_code == 2
+    assert CliRunner().invoke(app, [*with_loss, "--data", "records.jsonl"]).exit_code == 2

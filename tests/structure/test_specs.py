@@ -123,3 +123,25 @@ def test_models_that_can_not_be_traced_say_so():
 
     with pytest.raises(BadInput, match="can not be traced"):
         spec_for(Branching(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_tensors_in_a_files_order_are_recognised_too(name):
+    """Checkpoint files sort names: a bias comes before its weight, classifier before features, layers.10 before layers.2."""
+    model, (_, _, architecture, options) = zoo.build(name), zoo.ZOO[name]
+    state = model.state_dict()
+    spec = named_spec(None, {n: state[n] for n in sorted(state)}, **options)
+    assert spec.signature() == named_spec(architecture, model, **options).signature()
+
+
+def test_layers_are_ordered_by_their_numbers():
+    state = {
+        f"layers.{i}.{n}": torch.zeros(7, 7) if n == "weight" else torch.zeros(7)
+        for i in range(12)
+        for n in ("weight", "bias")
+    }
+    spec = named_spec("mlp", {n: state[n] for n in sorted(state)})
+    text = {n: {a.axis: str(a.layout) for a in axes} for n, axes in spec.tensors.items()}
+    assert text["layers.10.weight"] == {0: "layers.10", 1: "layers.9"}
+    assert text["layers.2.weight"] == {0: "layers.2", 1: "layers.1"}
+    assert text["layers.11.weight"] == {1: "layers.10"}
