@@ -5,6 +5,7 @@ from .alignment import Alignment, Sweep, align
 from .architectures import names as architectures
 from .merging import MudscResult, average, mudsc, reset_batchnorm
 from .naming import named_spec
+from .partial import PartialZip, PartialZipResult, partial_zip, split
 from .permutation import AxisSpec, Group, PermutationSpec
 from .trace import spec_for
 from .verify import check_spec
@@ -16,6 +17,8 @@ __all__ = [
     "AxisSpec",
     "Group",
     "MudscResult",
+    "PartialZip",
+    "PartialZipResult",
     "PermutationSpec",
     "Sweep",
     "ZipAlignment",
@@ -26,6 +29,8 @@ __all__ = [
     "check_spec",
     "mudsc",
     "named_spec",
+    "partial_zip",
     "reset_batchnorm",
     "spec_for",
+    "split",
 ]

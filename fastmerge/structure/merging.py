@@ -41,7 +41,7 @@ def average(
     Integer tensors (counters, position ids) are the first model's; `reference_bugs` averages them as floats and scales
     every permuted output axis by N / (N + 1e-5), as published.
     """
-    share = _weights(weights, len(states))
+    share = model_weights(weights, len(states))
     spec = alignment.spec
     out: dict[str, Tensor] = {}
     for name, base in states[0].items():
@@ -78,7 +78,8 @@ def average(
     return out
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def model_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Weights of `count` models that sum to 1; equal ones for None."""
     if weights is None:
         return [1.0 / count] * count
     if len(weights) != count:
@@ -91,6 +92,16 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def has_batchnorm(state: Mapping[str, Tensor]) -> bool:
     return any(name.endswith("running_var") for name in state)
+
+
+def warn_batchnorm(parameter: str) -> None:
+    """The warning about statistics that were averaged and not re-estimated; `parameter` would take the data."""
+    warnings.warn(
+        "the merged network has BatchNorm layers and their running statistics are only averaged: its activations "
+        f"have lost variance and accuracy will suffer. Pass {parameter}=batches with nn.Modules, or "
+        f"{parameter}=False if you re-estimate them yourself.",
+        stacklevel=3,
+    )
 
 
 @torch.no_grad()
@@ -174,7 +185,7 @@ def mudsc(
         alignment.spec.check({k: v.shape for k, v in s.items()}, f"models[{i}]")
     with torch.no_grad():
         if hasattr(alignment, "merge"):
-            state = alignment.merge(states, _weights(weights, len(states)))
+            state = alignment.merge(states, model_weights(weights, len(states)))
         else:
             state = average(states, alignment, weights, reference_bugs=reference_bugs)
     merged = None
@@ -187,12 +198,7 @@ def mudsc(
             _reset(merged, data)
             state = {k: v.clone() for k, v in merged.state_dict().items()}
         else:
-            warnings.warn(
-                "the merged network has BatchNorm layers and their running statistics are only averaged: its activations "
-                "have lost variance and accuracy will suffer. Pass reset_batchnorm=batches with nn.Modules, or "
-                "reset_batchnorm=False if you re-estimate them yourself.",
-                stacklevel=2,
-            )
+            warn_batchnorm("reset_batchnorm")
     return MudscResult(state, alignment, merged)
 
 

@@ -82,6 +82,14 @@ class PermutationSpec:
                 if group in a.layout.groups():
                     yield name, a
 
+    def restricted(self, names: Iterable[str]) -> PermutationSpec:
+        """The spec of these tensors alone."""
+        kept = set(names)
+        tensors = {n: axes for n, axes in self.tensors.items() if n in kept}
+        used = {g for axes in tensors.values() for a in axes for g in a.layout.groups()}
+        used |= {p for g in used for p in self._ancestors(g)}
+        return PermutationSpec({n: g for n, g in self.groups.items() if n in used}, tensors, self.architecture)
+
     def check(self, shapes: Mapping[str, Iterable[int]], what: str = "the model") -> None:
         """Raises BadInput unless every listed tensor is there and has the sizes the spec says."""
         for name, axes in self.tensors.items():

@@ -118,18 +118,30 @@ class Zipper:
                     tensor = self.spec._permute_crossing(name, tensor, a, crossing[a.axis], perms, _gather)
         return tensor
 
+    def target(self, name: str, a: AxisSpec, model: int, labels: Labels) -> Tensor:
+        """The merged position that each position of one model's axis goes to."""
+        size = a.layout.size(self.spec.size)
+        out = torch.arange(size)
+        for v in self.by_axis[name, a.axis]:
+            if v.signature in labels:
+                label = labels[v.signature]
+                n = label.numel() // 2
+                positions = v.rows_of_axis(torch.arange(size)[:, None])  # [units, fixed positions]
+                out[positions.reshape(-1)] = positions[label[model * n : (model + 1) * n]].reshape(-1)
+        return out
+
     def _axis(self, name: str, tensor: Tensor, a: AxisSpec, model: int, labels: Labels) -> Tensor:
-        found = [v for v in self.by_axis[name, a.axis] if v.signature in labels]
-        if not found:
+        if not any(v.signature in labels for v in self.by_axis[name, a.axis]):
             return tensor
         size = tensor.shape[a.axis]
-        target, share = torch.arange(size), torch.ones(size)
-        for v in found:
+        target, share = self.target(name, a, model, labels), torch.ones(size)
+        for v in self.by_axis[name, a.axis]:
+            if v.signature not in labels:
+                continue
             label = labels[v.signature]
             n = label.numel() // 2
             positions = v.rows_of_axis(torch.arange(size)[:, None])  # [units, fixed positions]
             mine = label[model * n : (model + 1) * n]
-            target[positions.reshape(-1)] = positions[mine].reshape(-1)
             if a.role != "in":  # 2 · merge: the two models' parts are averaged afterwards
                 weight = 2.0 / torch.bincount(label, minlength=n)[mine].float()
                 share[positions.reshape(-1)] = weight[:, None].expand_as(positions).reshape(-1)
