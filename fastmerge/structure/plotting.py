@@ -85,7 +85,8 @@ def plot(
     ax.legend(frameon=False)
     for name, block in blocks.items():
         ax = next(axes)
-        image = ax.imshow(block.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        limit = max(float(block.abs().max()), 1e-6)  # similarities of unlike networks are small: show their own range
+        image = ax.imshow(block.numpy(), vmin=-limit, vmax=limit, cmap="RdBu_r", interpolation="nearest")
         ax.set(title=name[:40], xlabel="aligned model", ylabel="anchor")
         figure.colorbar(image, ax=ax, shrink=0.8)
     if loss is not None and states is not None:
@@ -97,5 +98,5 @@ def plot(
         ax.legend(frameon=False)
     for ax in axes:
         ax.set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     return Path(path)
