@@ -145,3 +145,29 @@ def test_bad_input_is_named():
         align([zoo.build("vit").state_dict()] * 2)
     with pytest.raises(BadInput, match="no shipped architecture"):
         align([{"x": torch.zeros(3)}] * 2)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_sweeps_that_do_not_improve_are_undone_and_end_the_search(patience):
+    a, b = (zoo.build("resnet_basic", seed).state_dict() for seed in (1, 2))
+    spec = named_spec("resnet_basic", a)
+    found = align([a, b], spec, order="random", patience=patience)
+    trace = found.trace[1]
+    best = max(k for k, s in enumerate(trace) if s.accepted)
+    undone = len(trace) - 1 - best
+    assert undone <= patience
+    assert undone == patience or trace[-1].changed == 0
+    assert found.objective == pytest.approx(sum(found.values[1].values()) / len(found.values[1]))
+    stopped = align([a, b], spec, order="random", patience=patience, sweeps=best + 1)
+    assert all(
+        torch.equal(p, stopped.perms[1][g]) for g, p in found.perms[1].items()
+    )  # the best sweep's, not the last's
+
+
+def test_a_restricted_spec_keeps_its_tensors_and_their_groups():
+    model = zoo.build("vit")
+    spec = named_spec("vit", model)
+    part = spec.restricted(n for n in spec.tensors if n.startswith("blocks.0.attn"))
+    assert set(part.groups) == {"stream", "blocks.0.heads", "blocks.0.qk", "blocks.0.v"}
+    assert set(part.tensors) == {n for n in spec.tensors if n.startswith("blocks.0.attn")}
+    assert part.permute_state(model.state_dict(), part.identity()).keys() == model.state_dict().keys()
