@@ -45,6 +45,7 @@ def doctor() -> dict[str, Any]:
         "native": native,
         "torch": _torch(),
         "gpu": gpu,
+        "engine": _engine(),
         "toolchain": _toolchain(),
         "openmp_runtimes": _openmp_runtimes(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -170,6 +171,14 @@ def _cuda_kernels() -> str:
     return f"{name} ({reasons})" if reasons else name
 
 
+def _engine() -> dict[str, Any]:
+    """What `--device` may name here; the plan of a merge (--dry-run) says which one `auto` takes for it, and why."""
+    from .device import cuda
+
+    reason = cuda.why_none()
+    return {"devices": ["cpu", *(d.name for d in cuda.devices())], "why_not_cuda": reason}
+
+
 def _first_line(program: str, argument: str, pattern: str) -> str | None:
     path = shutil.which(program)
     if path is None:
@@ -251,9 +260,13 @@ def _advice(native: dict[str, Any], gpu: dict[str, Any]) -> list[str]:
     out = []
     if not native["loaded"]:
         out.append(f"native kernels are off: {native['why_not']}. Reinstall with a C++17 compiler for the fast path.")
-    elif gpu["devices"] and native["cuda"] is None:
+    elif gpu["devices"] and _cuda_kernels().startswith("none"):
+        major = (gpu.get("cuda_of_driver") or "12").partition(".")[0]
+        extra = "gpu13" if major.isdigit() and int(major) >= 13 else "gpu12"
         out.append(
-            "there is a GPU, but CUDA kernels were not compiled in: reinstall with nvcc and FASTMERGE_BUILD=cuda."
+            f"there is a GPU, but nothing runs the CUDA kernels ({_cuda_kernels().removeprefix('none: ')}): "
+            f"pip install 'fastmerge[{extra}]' compiles them with NVRTC through CuPy, or reinstall with nvcc and "
+            "FASTMERGE_BUILD=cuda."
         )
     runtimes = _openmp_runtimes()
     if len({os.path.basename(path).split(".")[0] for path in runtimes}) > 1:

@@ -229,6 +229,8 @@ def doctor(found: dict[str, Any], *, json: bool) -> None:
         )
         or gpu["why_not"],
         "gpu driver": gpu["driver"],
+        "merge --device": ", ".join(found["engine"]["devices"])
+        + (f" (no cuda: {found['engine']['why_not_cuda']})" if found["engine"]["why_not_cuda"] else ""),
         **found["toolchain"],
         "openmp runtimes": found["openmp_runtimes"],
         "FASTMERGE_BACKEND": found["backend_requested"],

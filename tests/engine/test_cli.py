@@ -334,6 +334,11 @@ def test_doctor_tells_what_there_is():
     assert said.exit_code == 0, said.output
     assert torch.__version__ in said.stdout
     found = json.loads(call("doctor", "--json").stdout)
+    assert found["engine"]["devices"][0] == "cpu"
+    assert (
+        (len(found["engine"]["devices"]) > 1) == (found["engine"]["why_not_cuda"] is None) == torch.cuda.is_available()
+    )
+    assert "merge --device" in said.stdout
     assert found["fastmerge"] == fastmerge.__version__
     assert set(found["ops"]) == set(OPS)
     assert found["cpu"]["usable_cpus"] >= 1

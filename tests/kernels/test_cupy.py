@@ -243,3 +243,15 @@ def _plain(value):
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(v) for v in value)
     return value
+
+
+@pytest.mark.parametrize(("driver", "extra"), [("13.0", "gpu13"), ("12.4", "gpu12")])
+def test_doctor_advises_the_cupy_that_the_driver_can_run(monkeypatch, driver, extra):
+    from fastmerge import _doctor
+
+    monkeypatch.setattr(_doctor, "_cuda_kernels", lambda: "none: nvcc build: X; NVRTC through CuPy: Y")
+    native = {"loaded": True, "cuda": None}
+    (said,) = (a for a in _doctor._advice(native, {"devices": [{}], "cuda_of_driver": driver}) if "GPU" in a)
+    assert f"(nvcc build: X; NVRTC through CuPy: Y): pip install 'fastmerge[{extra}]'" in said
+    monkeypatch.setattr(_doctor, "_cuda_kernels", lambda: "NVRTC through CuPy (nvcc build: X)")
+    assert not [a for a in _doctor._advice(native, {"devices": [{}], "cuda_of_driver": driver}) if "GPU" in a]

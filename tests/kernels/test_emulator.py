@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -99,6 +100,18 @@ def test_one_launch_serves_a_list_of_tensors(emulator):
     assert [kernel for kernel, _, _ in emulator.launches] == ["permute_rows_kernel_16"]
     fw_step(xs, [x.clone() for x in xs], 0.5, backend="cuda")
     assert len(emulator.launches) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_permutation_of_heads_is_one_gather_of_long_runs(emulator, axis, dtype):
+    """q_proj [heads·32, model] by rows and o_proj [model, heads·32] by columns: 16-byte moves, no table per element."""
+    shape = (256, 48) if axis == 0 else (48, 256)
+    x, heads = torch.randn(shape).to(dtype), torch.randperm(8)
+    assert_same_bits(
+        permute(x, {axis: heads}, backend="cuda", check=False), permute(x, {axis: heads}, backend="reference")
+    )
+    assert [kernel for kernel, _, _ in emulator.launches] == ["permute_rows_kernel_16"]
 
 
 @pytest.mark.parametrize("bad", [[0, 1, 1, 3], [0, 1, 2, 4], [0, -1, 2, 3], [0, 1, 2, 2**32 + 3]])
@@ -214,6 +227,64 @@ def test_candidates_stream_from_the_host_through_two_buffers(emulator, chunk):
     assert (
         events.count("send") == events.count("ready") == events.count("used") == 3 * (1 + -(-(2 * BLOCK + 9) // chunk))
     )
+
+
+def test_norms_known_from_an_earlier_call_are_not_computed_again(emulator):
+    gen = torch.Generator().manual_seed(0)
+    g, *pool = ([torch.randn(n, generator=gen) for n in (300, 70)] for _ in range(4))
+    first = fw_lmo(g, pool, metric="cosine", backend="cuda")
+    again = fw_lmo([-t for t in g], pool, metric="cosine", sqnorms=first.sqnorms, backend="cuda")
+    assert_same_bits(again.score, -first.score)
+    assert again.sqnorms is first.sqnorms or torch.equal(again.sqnorms, first.sqnorms)
+
+
+class RecordedCuda:
+    """torch.cuda's streams and events, remembering what was asked of them in which order."""
+
+    def __init__(self, log):
+        self.log = log
+        names = iter(["copied0", "copied1", "free0", "free1"])
+
+        class Stream:
+            def __init__(self, name="copies"):
+                self.name = name
+
+            def wait_event(self, event):
+                log.append(f"{self.name} waits for {event.name}")
+
+        class Event:
+            def __init__(self):
+                self.name = next(names)
+
+            def record(self, stream):
+                log.append(f"{self.name} after {stream.name}")
+
+            def synchronize(self):
+                log.append(f"host waits for {self.name}")
+
+        self.Stream, self.Event = (lambda device: Stream()), Event
+        self.current_stream = lambda device: Stream("kernels")
+        self.stream = contextlib.nullcontext
+
+
+def test_pinned_transfers_order_copies_and_kernels(monkeypatch):
+    log = []
+    empty = torch.empty
+    cuda = RecordedCuda(log)
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    lanes = _fw_cuda.PinnedTransfers(torch.device("cpu"), 8)
+    assert lanes.send(0, torch.arange(5.0)).tolist() == [0, 1, 2, 3, 4]
+    lanes.ready(0)
+    lanes.used(0)
+    assert log == [
+        "host waits for copied0",  # the pinned buffer has left
+        "copies waits for free0",  # the device buffer is no longer read
+        "copied0 after copies",
+        "kernels waits for copied0",
+        "free0 after kernels",
+    ]
 
 
 def _aligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
