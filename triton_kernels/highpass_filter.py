@@ -30,7 +30,6 @@ from ._jit import (
     jit,
     launch,
     narrow,
-    scalar,
     target,
     tl,
     tl_dtype,
@@ -39,10 +38,12 @@ from ._jit import (
     warps,
     wide_dtype,
 )
+from ._staged import TILE, _delta, flops, one_tile, shape, three_launches
 
 FLOPS_PER_BYTE = 49  # an H100's 3xTF32 flops for each byte its memory moves: 495e12 / 3 / 3.35e12 (data sheet)
 _FFT_BYTES = 56  # moved for each element by the fft form: 14 passes of 4 bytes (first, 2 x 4 transform, 2 mask, last)
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
+_STAGED_SLOWER = 2  # small products, operands rearranged between them: assumed to run at half the rate of long ones
 _PRUNED_BYTES = 12  # by the pruned form: x twice, out once
 
 
@@ -59,22 +60,35 @@ class Mask(Protocol):
 
 
 class Form(NamedTuple):
-    name: str  # "pruned" or "fft"
+    name: str  # "pruned", "staged" or "fft"
     why: str
 
 
 def form(mask: Mask, compute: torch.dtype) -> Form:
-    """The form with the smaller estimate, flops / FLOPS_PER_BYTE + bytes for each element of x.
+    """The form with the smallest estimate, flops / FLOPS_PER_BYTE + bytes for each element of x (`costs`).
 
-    It puts the crossover of a square radial mask at cutoff 0.12 for 4096, 0.22 for 2048 and 0.38 for 1024.
+    A matrix that fits a tile (32 x 32) is staged: one launch. docs/gpu.md has the crossovers.
     """
     if compute == torch.float64:
         return Form("fft", "float64 goes through torch.fft")
+    if max(mask.height, mask.width) <= TILE:
+        return Form("staged", f"{mask.height} x {mask.width} fits in a tile: one launch")
     thin, length = _thin(_Key(mask))
-    pruned = 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length  # the thin panel's own transforms
-    name = "pruned" if pruned <= _FFT_BYTES else "fft"
-    return Form(name, f"{thin} frequencies of {length} removed: pruned costs {pruned:.0f} and fft {_FFT_BYTES} "
-                      "bytes' time an element")  # fmt: skip
+    estimate = costs(mask)
+    name = min(estimate, key=lambda n: estimate[n])
+    each = ", ".join(f"{n} {c:.0f}" for n, c in estimate.items())
+    return Form(name, f"{thin} frequencies of {length} removed: {each} bytes' time an element")
+
+
+def costs(mask: Mask) -> dict[str, float]:
+    """Each possible form's estimate, in the time in which memory moves a byte, for each element of x."""
+    thin, length = _thin(_Key(mask))
+    found = {"pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length}  # the thin panel's own transforms
+    plan = shape(mask.height, mask.width, int(mask.columns[-1]))
+    if plan is not None:
+        data = (8 if plan.keep else 12) + 16 * plan.share
+        found["staged"] = data + _STAGED_SLOWER * flops(plan) / FLOPS_PER_BYTE
+    return found | {"fft": _FFT_BYTES}
 
 
 class _Key:
@@ -114,23 +128,6 @@ def _removed(key: _Key) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@jit
-def _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Σ wᵢ (modelᵢ − base), or the one model as it is."""
-    x = tl.load(model_ptrs[0] + at, mask=ok, other=0.0).to(COMPUTE)
-    if HAS_BASE:
-        base = tl.load(base_ptr + at, mask=ok, other=0.0).to(COMPUTE)
-        x = x - base
-    if WEIGHTED:
-        x = x * scalar(weights[0], COMPUTE)
-        for k in tl.static_range(1, len(model_ptrs)):
-            y = tl.load(model_ptrs[k] + at, mask=ok, other=0.0).to(COMPUTE)
-            if HAS_BASE:
-                y = y - base
-            x = x + y * scalar(weights[k], COMPUTE)
-    return x
 
 
 @jit(do_not_specialize=["weights"])
@@ -251,7 +248,7 @@ def highpass_filter(
         tuple(bits(w, compute) for w in (weights or [1.0])),
     )
     flags = {"HAS_BASE": base is not None, "WEIGHTED": weights is not None}
-    run = _pruned if (which or form(mask, compute).name) == "pruned" else _through_fft
+    run = {"pruned": _pruned, "staged": _staged, "fft": _through_fft}[which or form(mask, compute).name]
     for begin in range(0, batch, _GRID):
         end = min(batch, begin + _GRID)
         if end - begin < batch:
@@ -270,7 +267,7 @@ def _pruned(source, flags, out, mask, batch, compute, add_base, tf32):  # type: 
     n = basis.shape[1]
     thin = torch.empty(batch, m, n, dtype=torch.float32, device=device)
     bad = torch.zeros(batch, dtype=torch.int32, device=device)
-    precision = "ieee" if INTERPRETING or target().backend != "cuda" else "tf32" if tf32 else "tf32x3"
+    precision = _precision(tf32)
     tile = {"BM": 128, "BN": 128, "BK": 128} if INTERPRETING else {"BM": 64, "BN": 64, "BK": 32}
     launch(
         project_kernel, (triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"]), batch),
@@ -300,6 +297,15 @@ def _bases(key: _Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Te
     more = -len(first) % 8  # columns of zeros, so that rows of the thin matrices start at multiples of 64 bytes
     pad = torch.nn.functional.pad
     return pad(basis, (0, 2 * more)).to(device), pad(factor, (0, more)).to(device)
+
+
+def _staged(source, flags, out, mask, batch, _compute, add_base, tf32):  # type: ignore[no-untyped-def]
+    run = one_tile if max(mask.height, mask.width) <= TILE else three_launches
+    run(source, flags, out, mask, batch, add_base, _precision(tf32))
+
+
+def _precision(tf32: bool) -> str:
+    return "ieee" if INTERPRETING or target().backend != "cuda" else "tf32" if tf32 else "tf32x3"
 
 
 def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # type: ignore[no-untyped-def]

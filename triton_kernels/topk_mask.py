@@ -2,7 +2,7 @@
 
 Story: a row that fits in a program's registers is read once: its k-th key is found by bisection on the key's bits, one
 count over the row a bit, and the mask is written at once. Longer rows and whole tensors go through _select.py: two reads
-for the threshold, a third for the mask. Neither waits for the host.
+for the threshold (one after a sample, from 2^24 elements on), and another for the mask. Neither waits for the host.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def rule_mask_kernel(
         tl.store(out_ptr + at + offsets, keep.to(tl.uint8), mask=offsets < left)
 
 
-def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None) -> Tensor:
+def topk_mask(
+    x: Tensor, k: int, out: Tensor, *, block: int | None = None, sampled: bool | None = None
+) -> Tensor:
     """Fills `out` (bool, contiguous [R, L]) with the k largest magnitudes of each row of x [R, L], 0 <= k <= L."""
     rows, length = x.shape
     if k == 0 or k == length or not x.numel():
@@ -80,7 +82,7 @@ def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None) -> Te
     rules = torch.empty(rows, 2, dtype=torch.int64, device=x.device)
     for begin in range(0, rows, _BATCH):
         batch = range(begin, min(rows, begin + _BATCH))
-        select([Segment(None, x[r], k) for r in batch], rules, list(batch), block=block)
+        select([Segment(None, x[r], k) for r in batch], rules, list(batch), block=block, sampled=sampled)
     step = block or (1 << 17 if INTERPRETING else 2 * block_size(compute))
     for begin in range(0, rows, 65535):  # the grid's second dimension ends there
         end = min(rows, begin + 65535)
