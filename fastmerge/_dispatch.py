@@ -13,8 +13,8 @@ import contextvars
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -34,6 +34,9 @@ _recorders: list[dict[str, str]] = []
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastmerge_backend", default=None)
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of an operator
+
+
 class BackendUnavailable(RuntimeError):
     """An explicitly requested backend can not serve this call; the message says why."""
 
@@ -44,6 +47,7 @@ class Backend:
     run: Callable[..., Any]
     when: Callable[..., str | None]
     detail: Callable[..., str] | None = None  # which of several ways it would take, for explain()
+    many: Callable[[Sequence[Call]], list[Any]] | None = None  # many calls in one launch
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,34 @@ class Op(Generic[P, R]):
 
         return register
 
+    def many(self, name: str) -> Callable[[F], F]:
+        """Register ``run(calls) -> results``, which takes many calls of backend `name` at once."""
+
+        def register(run: F) -> F:
+            self.backends[name] = replace(self.backends[name], many=run)
+            return run
+
+        return register
+
+    def each(self, calls: Sequence[Call]) -> list[R]:
+        """The results of many calls, (arguments, keyword arguments) each, in one launch where their backend can.
+
+        What a thousand small tensors need on a GPU, where a launch costs more than they do.
+        """
+        results: dict[int, R] = {}
+        groups: dict[str, list[int]] = {}
+        for i, (args, kwargs) in enumerate(calls):
+            groups.setdefault(self.choose(*args, **kwargs), []).append(i)
+        for name, members in groups.items():
+            together = None if name == REFERENCE else self.backends[name].many
+            ready = [(a, {k: v for k, v in kw.items() if k != "backend"}) for a, kw in (calls[i] for i in members)]
+            if together is None:
+                run = self.reference if name == REFERENCE else self.backends[name].run
+                results |= {i: run(*a, **kw) for i, (a, kw) in zip(members, ready, strict=True)}
+            else:
+                results |= dict(zip(members, together(ready), strict=True))
+        return [results[i] for i in range(len(calls))]
+
     def case(self, name: str, *dtypes: torch.dtype) -> Callable[[F], F]:
         """Register inputs for tests and benchmarks, made from a seeded generator for each dtype (default: all four)."""
 
@@ -212,7 +244,9 @@ class Op(Generic[P, R]):
         details = {n: b.detail(*args, **kwargs) for n, b in self.backends.items() if b.detail is not None}
         return Explanation(self.name, chosen, reasons, details)
 
-    def _select(self, requested: str | None, args: Any, kwargs: Any) -> Callable[..., R]:
+    def choose(self, *args: Any, **kwargs: Any) -> str:
+        """The backend of a call; raises BackendUnavailable for a requested one that can not run it."""
+        requested = kwargs.pop("backend", None) or requested_backend()
         if requested is not None:
             reason = self.why_not(requested, *args, **kwargs)
             if reason is not None:
@@ -222,7 +256,7 @@ class Op(Generic[P, R]):
             chosen = next((n for n in self.backends if self.why_not(n, *args, **kwargs) is None), REFERENCE)
         for record in _recorders:
             record[self.name] = chosen
-        return self.reference if chosen == REFERENCE else self.backends[chosen].run
+        return chosen
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
         kind = _foreign_kind((*args, *kwargs.values()))
@@ -230,12 +264,67 @@ class Op(Generic[P, R]):
             if next(_tensors((*args, *kwargs.values())), None) is not None:
                 kind = None  # tensors with, say, a numpy index: the result is a tensor
             args, kwargs = _from_foreign(args), _from_foreign(kwargs)
-        run = self._select(backend or requested_backend(), args, kwargs)
+        chosen = self.choose(*args, backend=backend, **kwargs)
+        batch = _batches.get()
+        if batch is not None and batch.takes(self, chosen, kwargs):
+            return batch.defer(self, chosen, args, kwargs)
+        run = self.reference if chosen == REFERENCE else self.backends[chosen].run
         result = run(*args, **kwargs)
         return result if kind is None else _to_foreign(result, kind)
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join([*self.backends, REFERENCE])}>"
+
+
+class Batch:
+    """Calls on small tensors that wait to go in one launch: see :func:`batched`."""
+
+    SMALL = 1 << 20  # elements; a larger result fills a GPU by itself
+    MOST = 256  # calls that wait at most: their workspace is held at once
+
+    def __init__(self) -> None:
+        self.waiting: dict[tuple[Op[..., Any], str], list[Call]] = {}
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Within the block a call whose backend takes many waits: its `out` is returned now and filled later."""
+        token = _batches.set(self)
+        try:
+            yield
+        finally:
+            _batches.reset(token)
+
+    def takes(self, the_op: Op[..., Any], backend: str, kwargs: dict[str, Any]) -> bool:
+        out = kwargs.get("out")
+        return backend != REFERENCE and the_op.backends[backend].many is not None and (
+            isinstance(out, torch.Tensor) and out.numel() <= self.SMALL
+        )  # fmt: skip
+
+    def defer(self, the_op: Op[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        calls = self.waiting.setdefault((the_op, backend), [])
+        calls.append((args, kwargs))
+        if len(calls) >= self.MOST:
+            self.flush()
+        return kwargs["out"]
+
+    def flush(self) -> None:
+        """Run what waits."""
+        waiting, self.waiting = self.waiting, {}
+        for (the_op, backend), calls in waiting.items():
+            many = the_op.backends[backend].many
+            assert many is not None
+            many(calls)
+
+
+_batches: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("fastmerge_batch", default=None)
+
+
+@contextlib.contextmanager
+def batched() -> Iterator[Batch]:
+    """A Batch whose calls have all run when the block is left; inputs and `out` must live, unchanged, until then."""
+    batch = Batch()
+    yield batch
+    batch.flush()
 
 
 def op(*, numerics: str, kind: str) -> Callable[[Callable[P, R]], Op[P, R]]:

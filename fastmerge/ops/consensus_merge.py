@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import op
+from .._dispatch import Call, op
 from ._checks import result_like
 from ._consensus_plan import ConsensusPlan, make_plan, native_trims
 from ._consensus_triton import triton_job
@@ -211,17 +211,29 @@ def _triton_when(base, models, *_, rescale=None, factors=None, trim="topk", **__
     return _triton.why_not(*tensors)
 
 
-@consensus_merge.backend("triton", when=_triton_when)
-def _consensus_merge_triton(base, models, weight, density=1.0, *, dtype=None, out=None, **arguments):  # type: ignore[no-untyped-def]
+def _triton_call(base, models, weight, density=1.0, *, dtype=None, out=None, **arguments):  # type: ignore[no-untyped-def]
+    """(the result, the job that fills it or its dense copy)."""
     options = {k: p.default for k, p in consensus_merge.signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
     options.update(arguments)
     scale = options.pop("scale")
     plan = make_plan(base, models, weight, density, **{k: v for k, v in options.items() if k not in ("dtype", "out")})
     result = result_like("consensus_merge", base if base is not None else models[0], dtype, out)
     dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
-    job = triton_job(base, models, dense, plan, options["elect"], options["normalize"], scale, options["offset"])
-    _triton.kernel("consensus_merge")(job)
-    return dense if dense is result else result.copy_(dense)
+    return result, triton_job(
+        base, models, dense, plan, options["elect"], options["normalize"], scale, options["offset"]
+    )
+
+
+@consensus_merge.backend("triton", when=_triton_when)
+def _consensus_merge_triton(*args, **kwargs):  # type: ignore[no-untyped-def]
+    return _consensus_merge_triton_many([(args, kwargs)])[0]
+
+
+@consensus_merge.many("triton")
+def _consensus_merge_triton_many(calls: Sequence[Call]) -> list[Tensor]:
+    made = [_triton_call(*args, **kwargs) for args, kwargs in calls]
+    _triton.kernel("consensus_merge", "consensus_merge_many")([job for _, job in made])
+    return [result if job.out is result else result.copy_(job.out) for result, job in made]
 
 
 def _models(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> list[Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import op
+from .._dispatch import Call, op
 from ._checks import compute_dtype, per_model, require_float, require_like, result_like
 
 
@@ -131,6 +132,27 @@ def _weighted_sum_triton(base, models, weight, *, normalize=False, scale=1.0, ad
     divide_by = divisor if normalize else None
     _triton.kernel("weighted_sum")(base, models, weights, divide_by, scale, dense, add_base=add_base)
     return dense if dense is result else result.copy_(dense)
+
+
+@weighted_sum.many("triton")
+def _weighted_sum_triton_many(calls: Sequence[Call]) -> list[Tensor]:
+    results: list[Tensor] = []
+    groups: dict[bool, list[Any]] = {}
+    for args, kwargs in calls:
+        p = weighted_sum.signature.bind(*args, **kwargs)
+        p.apply_defaults()
+        base, models, weight, normalize, scale, add_base, dtype, out = p.arguments.values()
+        weights, divisor = _scalars(base, models, weight, normalize)
+        results.append(result_like("weighted_sum", base if base is not None else models[0], dtype, out))
+        dense = results[-1] if results[-1].is_contiguous() else torch.empty_like(results[-1]).contiguous()
+        job = (base, models, weights, divisor if normalize else None, scale, dense)
+        groups.setdefault(add_base, []).append((job, results[-1]))
+    for add_base, group in groups.items():
+        _triton.kernel("weighted_sum", "weighted_sum_many")([job for job, _ in group], add_base=add_base)
+        for job, result in group:
+            if job[-1] is not result:
+                result.copy_(job[-1])
+    return results
 
 
 def _models(g: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> list[Tensor]:

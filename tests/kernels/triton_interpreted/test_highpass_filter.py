@@ -31,9 +31,19 @@ MASKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("which", ["pruned", "fft"])
-@pytest.mark.parametrize(("height", "width", "options"), MASKS)
-def test_both_forms_are_exact(which, height, width, options):
+FORMS = ["pruned", "staged", "fft"]
+STAGED = [
+    (24, 32, {}), (31, 29, {}), (32, 32, {"mask": "disc_min", "ring_double": True}), (20, 30, {"cutoff": 1.2}),
+    (33, 50, {}), (40, 96, {}), (35, 39, {"cutoff": 0.3}), (51, 24, {"cutoff": 0.5}), (34, 220, {"cutoff": 1.2}),
+    (70, 64, {"mask": "disc_min", "ring_double": True}), (35, 90, {"mask": "disc_max", "ring_double": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("which", "height", "width", "options"),
+    [(w, *m) for w in ("pruned", "fft") for m in MASKS] + [("staged", *m) for m in STAGED],
+)
+def test_every_form_is_exact(which, height, width, options):
     x = torch.randn(2, height, width, generator=torch.Generator().manual_seed(2))
     plan = spectral_mask(height, width, options.get("cutoff"), options.get("mask", "radial"), "ring_double" in options)
     out = torch.full_like(x, float("nan"))
@@ -42,27 +52,33 @@ def test_both_forms_are_exact(which, height, width, options):
     assert relative_rms(out, want) < 2e-6 * max(1.0, float(x.square().mean().sqrt() / want.square().mean().sqrt()))
 
 
-@pytest.mark.parametrize("which", ["pruned", "fft"])
+LAUNCHES = {"pruned": 2, "staged": 3, "fft": 3, "one tile": 1}
+
+
+@pytest.mark.parametrize("which", LAUNCHES)
 def test_a_whole_merge_is_fused(which):
     g = torch.Generator().manual_seed(3)
-    base = (torch.randn(60, 90, generator=g) * 0.02).bfloat16()
-    models = [(base.float() + torch.randn(60, 90, generator=g) * 0.002).bfloat16() for _ in range(3)]
-    plan = spectral_mask(60, 90, 0.2, "radial", False)
-    out = torch.empty(60, 90, dtype=torch.float32)
+    shape = (30, 25) if which == "one tile" else (48, 90)
+    base = (torch.randn(shape, generator=g) * 0.02).bfloat16()
+    models = [(base.float() + torch.randn(shape, generator=g) * 0.002).bfloat16() for _ in range(3)]
+    plan = spectral_mask(*shape, 0.2, "radial", False)
+    out = torch.empty(shape, dtype=torch.float32)
+    form_name = "staged" if which == "one tile" else which
     with memory_guard(base, *models, out) as guard:
-        kernel(models, out, plan, base=base, weights=[0.5, 0.3, 0.4], add_base=True, which=which)
+        kernel(models, out, plan, base=base, weights=[0.5, 0.3, 0.4], add_base=True, which=form_name)
     delta = sum(w * (m.double() - base.double()) for w, m in zip([0.5, 0.3, 0.4], models, strict=True))
     want = base.double() + highpass_filter(delta, 0.2, backend="reference")
     assert_close(out, want.float(), "fft")
-    assert len(guard.launches) == (2 if which == "pruned" else 3)
+    assert len(guard.launches) == LAUNCHES[which]
 
 
-@pytest.mark.parametrize("which", ["pruned", "fft"])
-def test_a_nan_or_inf_stays_in_its_matrix(which):
-    x = torch.randn(4, 20, 30)
+@pytest.mark.parametrize("which", FORMS)
+@pytest.mark.parametrize("shape", [(20, 30), (36, 40)])
+def test_a_nan_or_inf_stays_in_its_matrix(which, shape):
+    x = torch.randn(4, *shape)
     x[1, 3, 4], x[2, 0, 0] = float("nan"), -float("inf")
     out = torch.empty_like(x)
-    kernel([x], out, spectral_mask(20, 30, None, "radial", False), which=which)
+    kernel([x], out, spectral_mask(*shape, None, "radial", False), which=which)
     assert out.isnan().all(-1).all(-1).tolist() == [False, True, True, False]
     assert out[[0, 3]].isfinite().all()
 
@@ -77,6 +93,33 @@ def test_the_pruned_form_reads_twice_and_writes_once():
     assert guard.full_sector_share(x, out) >= 0.95
 
 
+@pytest.mark.parametrize(("cutoff", "reads", "blocks"), [(0.3, 2, 4), (1.0, 1, 10)])
+def test_three_round_trips(cutoff, reads, blocks):
+    x = torch.randn(64, 256)
+    out = torch.empty_like(x)
+    plan = spectral_mask(64, 256, cutoff, "radial", False)
+    with memory_guard(x, out) as guard:
+        kernel([x], out, plan, which="staged")
+    assert guard.launches == ["rows_forward_kernel", "columns_kernel", "rows_back_kernel"]
+    assert guard.touched(x) == reads * x.numel()
+    assert guard.touched(out) == x.numel()
+    spectrum = sum(a.addresses.size for a in guard.accesses if a.kernel == "columns_kernel" and a.kind == "store")
+    assert spectrum == 64 * 2 * 16 * blocks  # complex elements of the blocks of 16 columns, written once by columns
+    assert guard.full_sector_share() >= 0.95
+    moved = 4 * (reads + 1) * x.numel() + 4 * 4 * spectrum
+    tables = guard.bytes_moved() - moved
+    assert tables > 0
+
+
+def test_one_tile_is_one_round_trip():
+    x = torch.randn(5, 32, 32)
+    out = torch.empty_like(x)
+    with memory_guard(x, out) as guard:
+        kernel([x], out, spectral_mask(32, 32, 0.5, "radial", False))
+    assert guard.launches == ["one_tile_kernel"]
+    assert guard.touched(x) == guard.touched(out) == x.numel()
+
+
 def test_out_may_be_the_input():
     x = torch.randn(40, 50)
     want = highpass_filter(x, backend="reference")
@@ -89,7 +132,12 @@ def test_the_form_follows_the_cost_model():
         return form(spectral_mask(height, width, cutoff, "radial", False), compute).name
 
     assert [name(4096, 4096, c) for c in (0.05, 0.1, 0.2)] == ["pruned", "pruned", "fft"]
-    assert [name(1024, 1024, c) for c in (0.15, 0.3, 0.9)] == ["pruned", "pruned", "fft"]
+    assert [name(1024, 1024, c) for c in (0.15, 0.3, 0.9)] == ["pruned", "staged", "fft"]
     assert name(32000, 1024, 0.15) == name(1024, 32000, 0.15) == "pruned"
+    assert name(1024, 512, 0.4) == "staged"
+    assert name(769, 769, 0.5) == "fft"  # a prime: no stages
+    assert name(30, 20, 0.1) == "staged"
     assert name(1024, 1024, 0.1, torch.float64) == "fft"
-    assert "the pruned form" in str(highpass_filter.explain(torch.zeros(64, 64)))
+    shown = str(highpass_filter.explain(torch.zeros(64, 64)))
+    assert "the pruned form" in shown
+    assert all(word in shown for word in ("pruned ", "staged ", "fft "))
