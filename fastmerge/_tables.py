@@ -198,6 +198,7 @@ def ops(name: str | None, *, json: bool) -> None:
         op = chosen[name]
         console.print(f"{name}{op.signature}\n\n{op.__doc__}\n", markup=False)
         console.print(f"numerics class {op.numerics}; backends: {', '.join([*op.backends, 'reference'])}", markup=False)
+        console.print(f"\nHere, for the inputs {op.cases[0].name!r}:\n{_explained(op)}", markup=False)
         return
     table = _table("operator", "numerics", "kind", "backends, by preference", "what it does")
     for n, op in chosen.items():
@@ -205,6 +206,15 @@ def ops(name: str | None, *, json: bool) -> None:
         table.add_row(n, op.numerics, op.kind, ", ".join([*op.backends, "reference"]), escape(what))
     console.print(table)
     console.print("\nNumerics: A same bits on every backend, B same bits on one build, C within a tolerance.")
+
+
+def _explained(op: Op[..., Any]) -> str:
+    """Which backend would run the operator's first case on this machine, and what keeps each other one from it."""
+    import torch
+
+    case = op.cases[0]
+    args, kwargs = case.make(torch.Generator().manual_seed(0), case.dtypes[0])
+    return str(op.explain(*args, **kwargs))
 
 
 def doctor(found: dict[str, Any], *, json: bool) -> None:

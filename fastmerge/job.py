@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._dispatch import Batch
 from .device import Budget, Choice, DeviceStream, Stage, choose, make_budget
 from .device.choose import Work
 from .errors import BadInput
@@ -119,6 +120,7 @@ class Job:
         check: bool,
         stage: Stage | None = None,
         pool: Pool | None = None,
+        batch: Batch | None = None,
     ) -> Stream:
         """The tensor's chunks; with a stage, merged on its device, and `put` by the time the stage is flushed."""
 
@@ -132,7 +134,7 @@ class Job:
             tensor.name, tensor.base, tensor.models,
             parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start,
             seed=self.recipe.seed, chunk=self.chunk, pool=pool or self.pool,
-            put=put, place=place, inspect=inspect if check and self.nan != "allow" else None,
+            put=put, place=place, inspect=inspect if check and self.nan != "allow" else None, batch=batch,
         )  # fmt: skip
 
     def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
@@ -180,13 +182,16 @@ class Job:
         place: Callable[[int, int], Tensor],
         stage: Stage | None = None,
         pool: Pool | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """Merge one tensor: scan it if the method asks for it, then apply chunk by chunk or whole.
 
         place(begin, end) gives the buffer a chunk's result may be written to; put(begin, values) stores it, with a
-        stage perhaps only when the stage is flushed.
+        stage perhaps only when the stage is flushed. With a batch, what fits one launch with other tensors is done
+        when the batch ends; the buffer must then be the result's own place.
         """
-        stream = self.stream(tensor, put, place, check=True, stage=stage, pool=pool)
+        held = batch if self.method.one_call else None
+        stream = self.stream(tensor, put, place, check=True, stage=stage, pool=pool, batch=held)
         method, parameters = self.method, tensor.plan.parameters
         context = Context(
             name=tensor.name,

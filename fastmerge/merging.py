@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ._dispatch import batched
 from .device import Fleet, Stage
 from .device.choose import parse
 from .engine import run
@@ -161,7 +162,7 @@ def merge_checkpoints(
             remedy="pass out=, a folder" + (", or use fm.free" if method.name == "free" else ""),
         )
     base = template if recipe.base_model is not None and method.base != "ignored" else None
-    with opened(1, in_memory=True) as (pool, files), torch.no_grad():
+    with opened(1, in_memory=True) as (pool, files), torch.no_grad(), batched() as batch:
         job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
         fleet = _fleet(job, device, max_vram)
         plan = job.fit()
@@ -173,7 +174,7 @@ def merge_checkpoints(
                 result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
             elif not fleet.stages:
                 place, put = _into(result.view(-1))
-                job.apply(t, plan, put, place)
+                job.apply(t, plan, put, place, batch=batch)
 
         def merge_there(t: Planned, stage: Stage, its_pool: Pool) -> None:
             place, put = _into(state[t.name].view(-1))

@@ -266,7 +266,7 @@ def _launch_group(group: list[Job], block: int | None) -> None:
     else:
         sums = torch.empty(count, len(owner_host), 2, dtype=torch.float64, device=device)
         launch(l1_norms_kernel, (len(owner_host),), heads, models, rules, owner, sums, count, **shared)
-        coefficients = _l1_coefficients(group, sums, owner, compute)
+        coefficients = _l1_coefficients(group, sums, block, compute)
     launch(
         consensus_merge_kernel, (len(owner_host),), heads, models, rules, coefficients, owner, count,
         ELECT=job.elect, NORMALIZE=job.divisor is not None, OUT=tl_dtype(job.out.dtype), maxnreg=64,
@@ -298,15 +298,17 @@ def _rules(group: list[Job], compute: torch.dtype) -> Tensor:
     return rules
 
 
-def _l1_coefficients(group: list[Job], sums: Tensor, owner: Tensor, compute: torch.dtype) -> Tensor:
+def _l1_coefficients(group: list[Job], sums: Tensor, block: int, compute: torch.dtype) -> Tensor:
     """Bits of weight · ‖δ‖₁ / ‖δ'‖₁ of every tensor and model; the factor is 1 where a norm is below 1e-7."""
     device = sums.device
-    norms = torch.zeros(len(group), *sums.shape[::2], dtype=torch.float64, device=device)  # [tensors, K, 2]
     if len(group) == 1:
-        norms[0] = sums.sum(1)
-    else:  # ascending by program, so that the order of the sum is fixed
-        for t in range(len(group)):
-            norms[t] = torch.where((owner == t)[None, :, None], sums, 0.0).sum(1)
+        norms = sums.sum(1)[None]  # [tensors, K, 2]
+    else:  # each tensor's programs in a row of their own, ended with zeros: the order of the sum is fixed
+        counts = [-(-j.out.numel() // block) for j in group]
+        place = torch.arange(max(counts))[None, :] + torch.tensor([sum(counts[:i]) for i in range(len(counts))])[:, None]
+        inside = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
+        where = upload(torch.where(inside, place, sums.shape[1]), torch.int64, device)
+        norms = torch.nn.functional.pad(sums, (0, 0, 0, 1))[:, where].sum(2).transpose(0, 1)
     whole, part = norms.unbind(-1)
     factor = torch.where((whole < _FLOOR) | (part < _FLOOR), 1.0, whole / part)
     weights = torch.tensor([j.weights for j in group], dtype=torch.float64)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops
+from .._dispatch import Batch
 from .checkpoint import Checkpoint
 from .safetensors import Entry, bytes_of, pread_into
 
@@ -196,7 +197,9 @@ class Stream:
         put: Callable[[int, Tensor], None],
         place: Callable[[int, int], Tensor] | None = None,
         inspect: Callable[[str, int, Tensor], None] | None = None,
+        batch: Batch | None = None,
     ) -> None:
+        self._batch = batch
         self.name, self.base, self.models = name, base, list(models)
         self.shape = models[0].shape
         self.numel = 1
@@ -254,7 +257,10 @@ class Stream:
 
         def task(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
             out = self.place(offset, offset + models[0].numel())
-            self.put(offset, visit(offset, base, models, out).reshape(-1))
+            # What waits in a batch reads its inputs later: those in memory stay, those in a worker's buffers do not.
+            with self._batch.deferring() if self._batch and self.resident else contextlib.nullcontext():
+                values = visit(offset, base, models, out)
+            self.put(offset, values.reshape(-1))
 
         self.for_each(task, align)
 

@@ -252,6 +252,7 @@ class Method:
     scan_pass: Callable[..., Any] | None = None
     plan_pass: Callable[[Sequence[Header], Sequence[str]], dict[str, int]] | None = None
     files_pass: Callable[..., dict[str, int]] | None = None
+    one_call: bool = False
     needs_data: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -386,6 +387,7 @@ def method(
     base: Literal["required", "optional", "ignored"] = "required",
     models: tuple[int, int | None] = (1, None),
     grain: Literal["element", "tensor", "stream"] = "tensor",
+    one_call: bool = False,
     needs_data: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Decorator that registers a merge method under its function's name.
@@ -395,6 +397,8 @@ def method(
         base: whether a base model is needed, used when given, or ignored.
         models: least and most number of models besides the base.
         grain: see the module docstring.
+        one_call: a chunk's result is that of one operator call with ``out=``, untouched, or an input: the calls of many
+            small tensors may then go in one launch (``_dispatch.batched``).
         needs_data: the method can not run from weights alone; the engine refuses it with a hint.
 
     Raises: TypeError for annotations that are not a configuration schema; ValueError for a name registered twice.
@@ -428,6 +432,7 @@ def method(
             wants_context=wants_context,
             summary=doc.partition("\n")[0],
             description=doc,
+            one_call=one_call,
             needs_data=needs_data,
         )
         if takes == "deltas" and base != "required":

@@ -20,6 +20,18 @@ from ._method import Header, TensorStream
 WHOLE = 1 << 18  # elements up to which a tensor is read at once instead of streamed
 
 
+def found_by_kernels(tensor: TensorStream, **options: Any) -> bool:
+    """Whether the merge itself finds thresholds and L1 factors: tensors on a GPU, in one piece, merged by Triton.
+
+    Its kernels leave them on the device, so that the host does not wait; `options` are consensus_merge's.
+    """
+    if not tensor.resident:
+        return False
+    base, models = tensor.read(0, tensor.numel)
+    told = ops.consensus_merge.explain(base, models, 1.0, **options)
+    return told.chosen == "triton" and dict(told.reasons)["triton"] is None
+
+
 def tensor_thresholds(
     tensor: TensorStream, density: Sequence[float], gamma: Sequence[float] | None = None
 ) -> list[Rule]:
@@ -106,4 +118,13 @@ def l1_factors(tensor: TensorStream, **trim: Any) -> list[float]:
     return sums.finish()
 
 
-__all__ = ["Threshold", "Window", "check_scope", "l1_factors", "model_thresholds", "of_tensor", "tensor_thresholds"]
+__all__ = [
+    "Threshold",
+    "Window",
+    "check_scope",
+    "found_by_kernels",
+    "l1_factors",
+    "model_thresholds",
+    "of_tensor",
+    "tensor_thresholds",
+]

@@ -11,14 +11,14 @@ from torch import Tensor
 from .. import ops
 from ..ops.threshold import Rule
 from ._method import Context, TensorStream
-from ._thresholds import l1_factors, tensor_thresholds
+from ._thresholds import found_by_kernels, l1_factors, tensor_thresholds
 
 Trim = Literal["random", "window", "rank_random"]
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """Rules of magnitude trims and factors of the L1 rescale, of one whole tensor."""
+    """Rules of magnitude trims and factors of the L1 rescale, of one whole tensor; None where the merge finds them."""
 
     rules: list[Rule] | None
     factors: list[float] | None
@@ -27,8 +27,11 @@ class Scanned:
 def scan(tensor: TensorStream, trim: Trim) -> Scanned:
     """The passes a trim needs before it is applied: none for DARE without L1 rescale, up to two for the others."""
     p = tensor.parameters
+    l1 = p["rescale"] and p["rescale_norm"] == "l1"
+    if found_by_kernels(tensor, trim=trim, rescale="l1" if l1 else None):
+        return Scanned(None, None)
     rules = tensor_thresholds(tensor, p["density"], p["gamma"]) if trim == "window" else None
-    if not p["rescale"] or p["rescale_norm"] != "l1":
+    if not l1:
         return Scanned(rules, None)
     epsilon = p["epsilon"] if trim == "rank_random" else 0.0
     return Scanned(
@@ -66,7 +69,7 @@ def merge(
     out: Tensor = ops.consensus_merge(
         base, models, weight, density,
         trim=trim, gamma=gamma, epsilon=epsilon, elect=elect, normalize=normalize,
-        rescale="density" if rescale and rescale_norm == "density" else None,
+        rescale=rescale_norm if rescale and scanned.factors is None else None,
         factors=scanned.factors, scale=lambda_, thresholds=scanned.rules,
         seed=context.seed, name=context.name, offset=context.offset, dtype=context.dtype, out=context.out,
     )  # fmt: skip

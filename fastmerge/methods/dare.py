@@ -6,7 +6,7 @@ from . import _trimmed
 from ._method import Context, Density, Models, PerModel, Weight, method
 
 
-@method(paper="arXiv:2311.03099", grain="element")
+@method(paper="arXiv:2311.03099", grain="element", one_call=True)
 def dare_linear(
     base: Weight,
     models: Models,
@@ -30,7 +30,7 @@ def dare_linear(
     )  # fmt: skip
 
 
-@method(paper="arXiv:2311.03099", grain="element")
+@method(paper="arXiv:2311.03099", grain="element", one_call=True)
 def dare_ties(
     base: Weight,
     models: Models,

@@ -24,7 +24,7 @@ class Magnitudes:
     means: tuple[float, ...]
 
 
-@method(paper="arXiv:2411.16815", grain="stream")
+@method(paper="arXiv:2411.16815", grain="stream", one_call=True)
 def fr(
     tensor: TensorStream,
     *,

@@ -6,7 +6,7 @@ from .. import ops
 from ._method import Context, Models, PerModel, Weight, method
 
 
-@method(paper="arXiv:2203.05482", base="ignored", grain="element")
+@method(paper="arXiv:2203.05482", base="ignored", grain="element", one_call=True)
 def linear(
     base: Weight | None, models: Models, *, weight: PerModel[float], normalize: bool = True, context: Context
 ) -> Weight:

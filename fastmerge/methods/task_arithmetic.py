@@ -6,7 +6,7 @@ from .. import ops
 from ._method import Context, Models, PerModel, Weight, method
 
 
-@method(paper="arXiv:2212.04089", grain="element")
+@method(paper="arXiv:2212.04089", grain="element", one_call=True)
 def task_arithmetic(
     base: Weight,
     models: Models,

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import ops
 from ._method import Context, Density, Header, Models, PerModel, TensorStream, Weight, method
-from ._thresholds import check_scope, model_thresholds, of_tensor, tensor_thresholds
+from ._thresholds import check_scope, found_by_kernels, model_thresholds, of_tensor, tensor_thresholds
 
 
-@method(paper="arXiv:2306.01708", grain="element")
+@method(paper="arXiv:2306.01708", grain="element", one_call=True)
 def ties(
     base: Weight,
     models: Models,
@@ -32,6 +32,7 @@ def ties(
         base,
         models,
         weight,
+        density,
         trim="topk",
         elect=elect,
         normalize=normalize,
@@ -58,4 +59,6 @@ def _(tensors: Iterable[TensorStream], seed: int) -> Any:
 def _(tensor: TensorStream, plan: Any) -> Any:
     if plan is not None:
         return of_tensor(plan, tensor)
+    if found_by_kernels(tensor):
+        return None
     return tensor_thresholds(tensor, tensor.parameters["density"])

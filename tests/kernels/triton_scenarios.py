@@ -84,6 +84,12 @@ def _() -> object:
     return _triton.kernel("topk_mask")(x, 2000, torch.zeros(x.shape, dtype=torch.bool))
 
 
+@scenario("topk_mask fp32, one tensor, sampled")
+def _() -> object:
+    (x,) = tensors(1, torch.float32, 1, 40_001)
+    return _triton.kernel("topk_mask")(x, 2000, torch.zeros(x.shape, dtype=torch.bool), sampled=True)
+
+
 @scenario("topk_mask fp32, rows of 4096")
 def _() -> object:
     (x,) = tensors(1, torch.float32, 8, 4096)
@@ -142,34 +148,46 @@ def _() -> object:
     return _triton.kernel("consensus_merge")(job)
 
 
-def _highpass(dtype: torch.dtype, which: str, **options: object) -> object:
+def _highpass(
+    which: str, height: int, width: int, cutoff: float, dtype: torch.dtype = torch.float32, models: int = 0
+) -> object:
+    """The filter of one matrix, or a whole merge of `models`."""
     from fastmerge.ops._spectral_mask import spectral_mask
 
-    (x, out) = tensors(2, dtype, 66, 130)
-    return _triton.kernel("highpass_filter")(
-        [x], out, spectral_mask(66, 130, 0.2, "radial", False), which=which, **options
-    )
+    x, out = tensors(2, dtype, height, width)
+    merge = {"base": x, "weights": [0.5] * models, "add_base": True} if models else {}
+    mask = spectral_mask(height, width, cutoff, "radial", False)
+    return _triton.kernel("highpass_filter")([x] * max(1, models), out, mask, which=which, **merge)
 
 
 @scenario("highpass_filter fp32, pruned")
 def _() -> object:
-    return _highpass(torch.float32, "pruned")
-
-
-@scenario("highpass_filter bf16, fft")
-def _() -> object:
-    return _highpass(torch.bfloat16, "fft")
+    return _highpass("pruned", 66, 130, 0.2)
 
 
 @scenario("highpass_filter bf16, whole merge, pruned")
 def _() -> object:
-    from fastmerge.ops._spectral_mask import spectral_mask
+    return _highpass("pruned", 144, 80, 0.2, torch.bfloat16, 3)
 
-    base, out, *models = tensors(5, torch.bfloat16, 144, 80)
-    mask = spectral_mask(144, 80, 0.2, "radial", False)
-    return _triton.kernel("highpass_filter")(
-        models, out, mask, base=base, weights=[0.5] * 3, add_base=True, which="pruned"
-    )
+
+@scenario("highpass_filter fp32, one tile")
+def _() -> object:
+    return _highpass("staged", 32, 32, 0.5)
+
+
+@scenario("highpass_filter fp32, staged")
+def _() -> object:
+    return _highpass("staged", 1024, 1024, 0.3)
+
+
+@scenario("highpass_filter bf16, whole merge, staged, the kept part")
+def _() -> object:
+    return _highpass("staged", 1024, 768, 0.95, torch.bfloat16, 3)
+
+
+@scenario("highpass_filter bf16, fft")
+def _() -> object:
+    return _highpass("fft", 66, 130, 0.2, torch.bfloat16)
 
 
 @scenario("abs_sum bf16 deltas")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_close, assert_same_bits
+from triton.runtime.interpreter import GridExecutor
 
 import fastmerge as fm
+from fastmerge.ops import weighted_sum
 
 
 def models() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
@@ -24,6 +26,8 @@ def models() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     [
         ("ties", {"weight": [1.0, 0.5, 0.7], "density": 0.2}, True),
         ("task_arithmetic", {"weight": [0.3, 0.3, 0.3]}, True),
+        ("breadcrumbs_ties", {"weight": [1.0, 0.5, 0.7], "density": 0.5, "gamma": 0.05, "rescale": True}, True),
+        ("dare_ties", {"weight": [1.0, 0.5, 0.7], "density": 0.3}, True),
         ("fr", {}, False),
     ],
 )
@@ -40,3 +44,44 @@ def test_a_whole_merge_equals_the_cpus(method, parameters, exact, monkeypatch):
         else:
             assert_close(got[name], want[name], "fft", name)
     assert any(not torch.equal(got[name], base[name]) for name in base)
+
+
+def test_small_tensors_share_launches(monkeypatch):
+    g = torch.Generator().manual_seed(6)
+    base = {f"layer.{i}.weight": (torch.randn(3 + i, 5, generator=g) * 0.02).bfloat16() for i in range(12)}
+    tuned = [{n: (t.float() + torch.randn(t.shape, generator=g) * 0.002).bfloat16() for n, t in base.items()} for _ in "ab"]
+    for method, parameters, kernel in (
+        ("ties", {"weight": 1.0, "density": 0.4}, "consensus_merge_kernel"),
+        ("task_arithmetic", {"weight": 0.3}, "weighted_sum_many_kernel"),
+        ("linear", {"weight": [0.3, 0.7]}, "weighted_sum_many_kernel"),
+    ):
+        monkeypatch.setenv("FASTMERGE_BACKEND", "cpu")
+        want = fm.merge(method, base, tuned, **parameters)
+        monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
+        launches: list[str] = []
+        with monkeypatch.context() as patch:
+            call = GridExecutor.__call__
+
+            def counting(self, *args, **kwargs):
+                launches.append(self.fn.__name__)
+                return call(self, *args, **kwargs)
+
+            patch.setattr(GridExecutor, "__call__", counting)
+            got = fm.merge(method, base, tuned, **parameters)
+        assert launches.count(kernel) == 1, launches
+        assert launches.count("collect_kernel") == (1 if method == "ties" else 0)  # all thresholds at once
+        for name in want:
+            assert_same_bits(got[name], want[name], f"{method} {name}")
+
+
+def test_many_calls_as_a_list():
+    g = torch.Generator().manual_seed(7)
+    calls, want = [], []
+    for n in (3, 70, 1):
+        base, *models = torch.randn(3, n, generator=g).bfloat16().unbind()
+        calls.append(((base, models, [0.5, 0.3]), {"scale": 0.7, "add_base": n > 1}))
+        want.append(weighted_sum(*calls[-1][0], **calls[-1][1], backend="reference"))
+    assert weighted_sum.backends["triton"].many is not None
+    for backend in ("triton", "cpu", "reference"):
+        for got, expected in zip(weighted_sum.each([(a, kw | {"backend": backend}) for a, kw in calls]), want, strict=True):
+            assert_same_bits(got, expected, backend)
