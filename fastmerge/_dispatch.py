@@ -267,8 +267,9 @@ class Op(Generic[P, R]):
         chosen = self.choose(*args, backend=backend, **kwargs)
         batch = _batches.get()
         if batch is not None and batch.takes(self, chosen, kwargs):
-            return batch.defer(self, chosen, args, kwargs)
-        run = self.reference if chosen == REFERENCE else self.backends[chosen].run
+            waiting: R = batch.defer(self, chosen, args, kwargs)
+            return waiting
+        run: Callable[..., R] = self.reference if chosen == REFERENCE else self.backends[chosen].run
         result = run(*args, **kwargs)
         return result if kind is None else _to_foreign(result, kind)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from ._terminal import gigabytes
 
 if TYPE_CHECKING:
+    from ._dispatch import Op
     from .recipe import Recipe
     from .report import Report
 

@@ -26,7 +26,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, address, aligned, block_map, jit, launch, read, tl, tl_dtype, upload, warps, wide_dtype
+from ._jit import (
+    INTERPRETING,
+    address,
+    aligned,
+    block_map,
+    jit,
+    launch,
+    read,
+    target,
+    tl,
+    tl_dtype,
+    upload,
+    warps,
+    wide_dtype,
+)
 
 BINS = 4096  # 12 bits a digit
 SAMPLED = 1 << 24  # elements from which on a segment is sampled: a read of 64 MB costs about the 8 more launches
@@ -123,7 +137,7 @@ def sample_kernel(
     offsets = (place[:, None] + tl.arange(0, RUN)[None, :]).reshape(BLOCK)
     key = _keys(row, 0, offsets, 0, HAS_BASE, BASE, X, COMPUTE, ALIGNED, False)
     if SECOND:
-        for end in tl.static_range(2):
+        for end in tl.range(0, 2):  # not unrolled: a histogram takes most registers of an AMD thread
             first = tl.load(state_ptr + segment * _STATE + _ENDS + 2 * end)
             _count(counters + end * BINS, key >> (TOP - 24), (key >> (TOP - 12)) == first, BINS)
     else:
@@ -196,8 +210,8 @@ def bin_kernel(table_ptr, state_ptr, counter_ptr, TOP: tl.constexpr, BINS: tl.co
 
 @jit
 def _collect(
-    key, ok, row, state, counters, key_ptr, index_ptr, start, COUNT_ABOVE: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    key, ok, row, state, counters, key_ptr, index_ptr, start, COUNT_ABOVE: tl.constexpr, NARROW: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(state + _BEGIN).to(key.dtype), tl.load(state + _END).to(key.dtype)
     if COUNT_ABOVE:
@@ -207,7 +221,10 @@ def _collect(
     _count(counters, value >> tl.maximum(tl.load(state + _BITS) - 12, 0).to(key.dtype), inside, BINS)
     place = tl.cumsum(inside.to(tl.int32), 0)
     at = tl.atomic_add(state + _COPIED, tl.sum(inside.to(tl.int32), 0).to(tl.int64)) - 1
-    inside = inside & (place < tl.load(row + 3) - at)  # room for them: else the data is read again later
+    room = tl.load(row + 3) - at  # where there is none the data is read again later
+    if NARROW:
+        room = tl.minimum(room, BLOCK + 1).to(tl.int32)
+    inside = inside & (place < room)
     at += tl.load(row + 4)
     tl.store(key_ptr + at + place, value, mask=inside)
     tl.store(index_ptr + at + place, (start + tl.arange(0, BLOCK)).to(index_ptr.dtype.element_ty), mask=inside)
@@ -215,8 +232,8 @@ def _collect(
 
 @jit
 def collect_kernel(
-    table_ptr, owner_ptr, state_ptr, counter_ptr, key_ptr, index_ptr, BRACKET: tl.constexpr, HAS_BASE: tl.constexpr,
-    BASE: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BINS: tl.constexpr,
+    table_ptr, owner_ptr, state_ptr, counter_ptr, key_ptr, index_ptr, BRACKET: tl.constexpr, NARROW: tl.constexpr,
+    HAS_BASE: tl.constexpr, BASE: tl.constexpr, X: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copies key and index of the range's elements aside, counts their first 12 bits, and what lies above a bracket."""
@@ -236,7 +253,7 @@ def collect_kernel(
             key = _keys(row, start, offsets, 0, HAS_BASE, BASE, X, COMPUTE, ALIGNED, False)
         else:
             key = _keys(row, start, offsets, left.to(tl.int32), HAS_BASE, BASE, X, COMPUTE, ALIGNED, True)
-        _collect(key, offsets < left, row, state, counters, key_ptr, index_ptr, start, BRACKET, BINS, BLOCK)
+        _collect(key, offsets < left, row, state, counters, key_ptr, index_ptr, start, BRACKET, NARROW, BINS, BLOCK)
 
 
 @jit
@@ -262,9 +279,8 @@ def first_digit_kernel(
         tl.store(state + _CHOSEN, digit << tl.maximum(tl.load(state + _BITS) - 12, 0))
         tl.store(state + _LEFT, left)
         tl.store(state + _MATCHED, matched)
-        if LAST:
-            if left == matched:
-                _keep_equals(row, state)
+        if LAST and left == matched:
+            _keep_equals(row, state)
 
 
 # ------------------------------------------------------------------------------------------------- the other digits
@@ -333,9 +349,8 @@ def pick_digit_kernel(
                 tl.store(state + _INDEX, tl.load(state + _INDEX) | (digit << shift))
             else:
                 tl.store(state + _CHOSEN, tl.load(state + _CHOSEN) | (digit << tl.maximum(high - 12, 0)))
-        if LAST:
-            if left == matched:
-                _keep_equals(row, state)
+        if LAST and left == matched:
+            _keep_equals(row, state)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
@@ -391,7 +406,9 @@ def _select_group(segments: list[Segment], block: int | None, sampled: bool) -> 
     owner = upload(owner_host, torch.int32, device)
     # A range holds a few per cent of the elements of a bell-shaped tensor; where it holds more, the data is read again.
     room = [n // 16 + 256 for n in sizes]
-    samples = [_sample(n, s.k, sample_block) if sampled else _Sample(0, 0, 0, 0) for s, n in zip(segments, sizes, strict=True)]
+    samples = [
+        _sample(n, s.k, sample_block) if sampled else _Sample(0, 0, 0, 0) for s, n in zip(segments, sizes, strict=True)
+    ]
     sample_owner, sample_first = block_map([s.blocks * sample_block for s in samples], sample_block)
     rows, at = [], 0
     for s, n, r, f, sample, g in zip(segments, sizes, room, first, samples, sample_first, strict=True):
@@ -413,6 +430,8 @@ def _select_group(segments: list[Segment], block: int | None, sampled: bool) -> 
         "ALIGNED": all(aligned(s.base, s.x) for s in segments), "BINS": BINS, "num_warps": warps(16), "maxnreg": 64,
         "device": device,
     }  # fmt: skip
+    # Comparing places in 32 bits saves registers on NVIDIA; AMD's compiler spills with them.
+    narrow = INTERPRETING or target().backend == "cuda"
     one = {"BINS": BINS, "num_warps": 8, "device": device}
     whole, each = (len(owner_host),), (len(segments),)
     # 16-bit values without a base end in at least 13 zero bits: no digit is needed there.
@@ -423,11 +442,37 @@ def _select_group(segments: list[Segment], block: int | None, sampled: bool) -> 
             launch(sample_kernel, (len(sample_owner),), table, drawn, state, counters, SECOND=second, TOP=top, RUN=_RUN,
                    BLOCK=sample_block, **data)  # fmt: skip
             launch(bracket_kernel, each, table, state, counters, SECOND=second, TOP=top, **one)
-        launch(collect_kernel, whole, table, owner, state, counters, key, index, BRACKET=True, BLOCK=block, **data)
+        launch(
+            collect_kernel,
+            whole,
+            table,
+            owner,
+            state,
+            counters,
+            key,
+            index,
+            BRACKET=True,
+            NARROW=narrow,
+            BLOCK=block,
+            **data,
+        )
         launch(first_digit_kernel, each, table, state, counters, BRACKET=True, LAST=False, **one)
     launch(histogram_kernel, whole, table, owner, state, counters, TOP=top, BLOCK=block, **data)
     launch(bin_kernel, each, table, state, counters, TOP=top, **one)
-    launch(collect_kernel, whole, table, owner, state, counters, key, index, BRACKET=False, BLOCK=block, **data)
+    launch(
+        collect_kernel,
+        whole,
+        table,
+        owner,
+        state,
+        counters,
+        key,
+        index,
+        BRACKET=False,
+        NARROW=narrow,
+        BLOCK=block,
+        **data,
+    )
     launch(first_digit_kernel, each, table, state, counters, BRACKET=False, LAST=digits == 1, **one)
 
     def decide(passed: int, shift: int, *, is_last: bool, on_index: bool) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, jit, launch, narrow, scalar, tl, triton, upload, warps
+from ._jit import INTERPRETING, jit, launch, narrow, scalar, target, tl, upload, warps
 
 RADIX = 32  # largest stage
 TILE = 32  # largest matrix of one tile
@@ -134,16 +134,22 @@ def _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES: tl.const
 
 
 @jit
+def _load(ptrs, ok):
+    """Elements, 0 where not `ok`; None: all of them, and then the loads are wide."""
+    return tl.load(ptrs, mask=ok, other=None if ok is None else 0.0)
+
+
+@jit
 def _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """Σ wᵢ (modelᵢ − base), or the one model as it is."""
-    x = tl.load(model_ptrs[0] + at, mask=ok, other=0.0).to(COMPUTE)
+    x = _load(model_ptrs[0] + at, ok).to(COMPUTE)
     if HAS_BASE:
-        base = tl.load(base_ptr + at, mask=ok, other=0.0).to(COMPUTE)
+        base = _load(base_ptr + at, ok).to(COMPUTE)
         x = x - base
     if WEIGHTED:
         x = x * scalar(weights[0], COMPUTE)
         for k in tl.static_range(1, len(model_ptrs)):
-            y = tl.load(model_ptrs[k] + at, mask=ok, other=0.0).to(COMPUTE)
+            y = _load(model_ptrs[k] + at, ok).to(COMPUTE)
             if HAS_BASE:
                 y = y - base
             x = x + y * scalar(weights[k], COMPUTE)
@@ -217,10 +223,27 @@ def rows_forward_kernel(
     tl.store(place, value, mask=(i < N1) & (k < 4 * blocks))
 
 
+@jit
+def _there_and_back(
+    br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, ky1, kx, start, height, width, H1, H2, share,
+    TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P2: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """STEP frequencies of the second stage: forward, times the factor, and what they give back, added to (dr, di)."""
+    ky2 = start + tl.arange(0, STEP)[None, :]
+    s = second_ptr + tl.arange(0, P2)[:, None] * P2 + ky2
+    cr, ci = _times(br, bi, tl.load(s), tl.load(s + P2 * P2), PRECISION)  # [(ky1, block), ky2]
+    ky = tl.where((ky1 < H1) & (ky2 < H2), ky1 + H1 * ky2, height)
+    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES, KEEP) * share
+    tl.debug_barrier()  # the table is read again, instead of held in registers that spill
+    s = second_ptr + (start + tl.arange(0, STEP)[:, None]) * P2 + tl.arange(0, P2)[None, :]
+    return _add_product(dr, di, cr * factor, ci * factor, tl.load(s), -tl.load(s + P2 * P2), PRECISION)
+
+
 @jit(do_not_specialize=["rings"])
 def columns_kernel(
     spectrum_ptr, first_ptr, twiddle_ptr, second_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, blocks, share,
     TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Two columns (of neighbouring blocks): transform, gain, transform back, in place."""
     k1, pair, batch = tl.program_id(0) % N1, tl.program_id(0) // N1, tl.program_id(1).to(tl.int64)
@@ -248,14 +271,17 @@ def columns_kernel(
     kx = k1 + N1 * (2 * pair + line % 2)
     dr = tl.zeros((2 * P1, P2), tl.float32)
     di = tl.zeros((2 * P1, P2), tl.float32)
-    for start in tl.range(0, H2, 16):
-        ky2 = start + tl.arange(0, 16)[None, :]
-        s = second_ptr + tl.arange(0, P2)[:, None] * P2 + ky2
-        cr, ci = _times(br, bi, tl.load(s), tl.load(s + P2 * P2), PRECISION)  # [(ky1, block), ky2]
-        ky = tl.where((line // 2 < H1) & (ky2 < H2), line // 2 + H1 * ky2, height)
-        factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES, KEEP) * share
-        s = second_ptr + (start + tl.arange(0, 16)[:, None]) * P2 + tl.arange(0, P2)[None, :]
-        dr, di = _add_product(dr, di, cr * factor, ci * factor, tl.load(s), -tl.load(s + P2 * P2), PRECISION)
+    if STEP < P2:
+        for start in tl.range(0, H2, STEP):
+            dr, di = _there_and_back(
+                br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, line // 2, kx, start, height, width, H1, H2, share,
+                TABLES, KEEP, PRECISION, P2, STEP,
+            )  # fmt: skip
+    else:
+        dr, di = _there_and_back(
+            br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, line // 2, kx, 0, height, width, H1, H2, share,
+            TABLES, KEEP, PRECISION, P2, STEP,
+        )  # fmt: skip
     tl.debug_barrier()  # so that the tables are read again, instead of held in registers that spill
     fr, fi = _roots(first_ptr, P1, P1, 1)
     tr, ti = _roots(twiddle_ptr, P1, P2, 2)
@@ -347,11 +373,13 @@ def three_launches(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, 
     launch(rows_forward_kernel, (pairs, batch), *source, *wide, spectrum, bad, height, rows.n1, rows.n2, plan.blocks,
            Q=min(q, p2), **meta, **flags)  # fmt: skip
     h1, h2 = tall.padded
+    # The second stage in pieces, so that registers suffice; the products of compute capability 9 want it whole.
+    step = h2 if not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9 else 16
     launch(
         columns_kernel, (rows.n1 * plan.blocks // 2, batch), spectrum, _matrix(tall.n1, h1, device), _twiddles(tall, device),
         _matrix(tall.n2, h2, device), upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device),
         len(mask.ring), height, width, rows.n1, tall.n1, tall.n2, plan.blocks, 1.0 / (height * width * tables),
-        TABLES=tables, KEEP=int(plan.keep), PRECISION=precision, P1=h1, P2=h2, num_warps=warps(8), device=device,
+        TABLES=tables, KEEP=int(plan.keep), PRECISION=precision, P1=h1, P2=h2, STEP=step, num_warps=warps(8), device=device,
     )  # fmt: skip
     launch(rows_back_kernel, (pairs, batch), *source, *wide, spectrum, bad, out, height, rows.n1, rows.n2, plan.blocks,
            ADD_BASE=add_base, KEEP=int(plan.keep), **meta, **flags)  # fmt: skip

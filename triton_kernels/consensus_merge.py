@@ -305,7 +305,9 @@ def _l1_coefficients(group: list[Job], sums: Tensor, block: int, compute: torch.
         norms = sums.sum(1)[None]  # [tensors, K, 2]
     else:  # each tensor's programs in a row of their own, ended with zeros: the order of the sum is fixed
         counts = [-(-j.out.numel() // block) for j in group]
-        place = torch.arange(max(counts))[None, :] + torch.tensor([sum(counts[:i]) for i in range(len(counts))])[:, None]
+        place = (
+            torch.arange(max(counts))[None, :] + torch.tensor([sum(counts[:i]) for i in range(len(counts))])[:, None]
+        )
         inside = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
         where = upload(torch.where(inside, place, sums.shape[1]), torch.int64, device)
         norms = torch.nn.functional.pad(sums, (0, 0, 0, 1))[:, where].sum(2).transpose(0, 1)

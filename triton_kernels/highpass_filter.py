@@ -38,7 +38,7 @@ from ._jit import (
     warps,
     wide_dtype,
 )
-from ._staged import TILE, _delta, flops, one_tile, shape, three_launches
+from ._staged import TILE, _delta, _load, flops, one_tile, shape, three_launches
 
 FLOPS_PER_BYTE = 49  # an H100's 3xTF32 flops for each byte its memory moves: 495e12 / 3 / 3.35e12 (data sheet)
 _FFT_BYTES = 56  # moved for each element by the fft form: 14 passes of 4 bytes (first, 2 x 4 transform, 2 mask, last)
@@ -83,7 +83,9 @@ def form(mask: Mask, compute: torch.dtype) -> Form:
 def costs(mask: Mask) -> dict[str, float]:
     """Each possible form's estimate, in the time in which memory moves a byte, for each element of x."""
     thin, length = _thin(_Key(mask))
-    found = {"pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length}  # the thin panel's own transforms
+    found = {
+        "pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length
+    }  # the thin panel's own transforms
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
         data = (8 if plan.keep else 12) + 16 * plan.share
@@ -185,9 +187,14 @@ def subtract_kernel(
 @jit(do_not_specialize=["weights"])
 def delta_kernel(base_ptr, model_ptrs, weights, out_ptr, n, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Before the transform: the delta in the compute dtype."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = _delta(base_ptr, model_ptrs, weights, at, at < n, HAS_BASE, WEIGHTED, COMPUTE)
-    tl.store(out_ptr + at, x, mask=at < n)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        x = _delta(base_ptr, model_ptrs, weights, at, None, HAS_BASE, WEIGHTED, COMPUTE)
+        tl.store(out_ptr + at, x)
+    else:
+        x = _delta(base_ptr, model_ptrs, weights, at, at < n, HAS_BASE, WEIGHTED, COMPUTE)
+        tl.store(out_ptr + at, x, mask=at < n)
 
 
 @jit
@@ -210,15 +217,23 @@ def gain_kernel(
 
 
 @jit
+def _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, ok, size, ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr):
+    y = _load(value_ptr + at, ok)
+    y = tl.where(_load(bad_ptr + at // size, ok) != 0, float("nan"), y)
+    if ADD_BASE:
+        y = _load(base_ptr + at, ok).to(COMPUTE) + y
+    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
+
+
+@jit
 def finish_kernel(value_ptr, base_ptr, bad_ptr, out_ptr, n, size, ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """After the transform: base, cast, and NaN for the matrices that held one."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < n
-    y = tl.load(value_ptr + at, mask=ok, other=0.0)
-    y = tl.where(tl.load(bad_ptr + at // size, mask=ok, other=0) != 0, float("nan"), y)
-    if ADD_BASE:
-        y = tl.load(base_ptr + at, mask=ok, other=0.0).to(COMPUTE) + y
-    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, None, size, ADD_BASE, COMPUTE)
+    else:
+        _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, at < n, size, ADD_BASE, COMPUTE)
 
 
 # --------------------------------------------------------------------------------------------------------- launcher

@@ -61,9 +61,7 @@ def rule_mask_kernel(
         tl.store(out_ptr + at + offsets, keep.to(tl.uint8), mask=offsets < left)
 
 
-def topk_mask(
-    x: Tensor, k: int, out: Tensor, *, block: int | None = None, sampled: bool | None = None
-) -> Tensor:
+def topk_mask(x: Tensor, k: int, out: Tensor, *, block: int | None = None, sampled: bool | None = None) -> Tensor:
     """Fills `out` (bool, contiguous [R, L]) with the k largest magnitudes of each row of x [R, L], 0 <= k <= L."""
     rows, length = x.shape
     if k == 0 or k == length or not x.numel():

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import BadInput
 from ..ops.abs_sum import BLOCK
+from ..ops.highpass_filter import fused_merge
 from ._fr_rules import Rule, resolve
 from ._method import Context, Header, Help, PerModel, Range, TensorStream, method
 
@@ -72,6 +73,8 @@ def fr(
         tensor.merge_each(
             lambda offset, base, models, out: ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out)
         )
+        return
+    if tensor.resident and _merged_at_once(tensor, rule, weights):
         return
     delta = tensor.collect(
         "delta",
@@ -168,6 +171,19 @@ def _abs_sums(tensor: TensorStream) -> list[float]:
 
     tensor.for_each(measure)
     return [math.fsum(v for v in row if math.isfinite(v)) for row in blocks.tolist()]
+
+
+def _merged_at_once(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -> bool:
+    """Where Triton's kernels run: the whole tensor without storing its delta; else False, and nothing is done."""
+    base, models = tensor.whole()
+    place = tensor.place(0, tensor.numel)
+    merged = fused_merge(
+        _given(base), models, weights, rule.cutoff, mask=rule.mask, ring_double=rule.ring_double, dtype=tensor.out_dtype,
+        out=None if place is None else place.view(tensor.shape),
+    )  # fmt: skip
+    if merged is not None:
+        tensor.emit(merged)
+    return merged is not None
 
 
 def _delta(base: Tensor, model: Tensor, out: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,7 +212,16 @@ def _triton_when(base, models, *_, rescale=None, factors=None, trim="topk", **__
     return _triton.why_not(*tensors)
 
 
-def _triton_call(base, models, weight, density=1.0, *, dtype=None, out=None, **arguments):  # type: ignore[no-untyped-def]
+def _triton_call(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    weight: float | Sequence[float] | Tensor,
+    density: float | Sequence[float] = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Any]:
     """(the result, the job that fills it or its dense copy)."""
     options = {k: p.default for k, p in consensus_merge.signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
     options.update(arguments)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import op
-from ._checks import compute_dtype, require_float, result_like
+from ._checks import compute_dtype, require_float, require_like, result_like
 from ._spectral_mask import SpectralMask, spectral_mask
 
 
@@ -188,6 +188,37 @@ def _highpass_filter_triton(x, cutoff=None, *, mask="radial", ring_double=False,
         result, memory_format=torch.contiguous_format
     )  # fmt: skip
     _triton.kernel("highpass_filter")([x.contiguous()], dense, plan)
+    return dense if dense is result else result.copy_(dense)
+
+
+def fused_merge(
+    base: Tensor,
+    models: Sequence[Tensor],
+    weight: Sequence[float],
+    cutoff: float | None = None,
+    *,
+    mask: str = "radial",
+    ring_double: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """base + the filtered Σ wᵢ (modelᵢ − base), matrices [..., H, W], without storing the delta; None where Triton is
+    not the backend of these tensors, or nothing is filtered: then it takes weighted_sum and highpass_filter.
+
+    Numerics, cost and errors are those of :func:`highpass_filter`'s Triton backend, with the models' reads in place of
+    x's; the base is added in the compute dtype and the sum rounded once.
+    """
+    told = highpass_filter.explain(base, cutoff, mask=mask, ring_double=ring_double)
+    if told.chosen != "triton" or _triton.why_not(base, *models) is not None:
+        return None
+    require_like("highpass_filter", base, models)
+    result, plan = _checked(base, cutoff, mask, ring_double, dtype, out)
+    if plan is None or not len(plan.columns):
+        return None
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
+    _triton.kernel("highpass_filter")(
+        [m.contiguous() for m in models], dense, plan, base=base.contiguous(), weights=list(weight), add_base=True
+    )
     return dense if dense is result else result.copy_(dense)
 
 

@@ -323,6 +323,9 @@ def test_operators_and_their_backends():
     one = call("ops", "topk_mask")
     assert "density" in one.stdout
     assert "reference" in one.stdout
+    told = call("ops", "highpass_filter").stdout
+    assert "triton: a tensor is on cpu: Triton kernels run on a GPU" in " ".join(told.split())
+    assert "pruned" in told
     found = {o["name"]: o for o in json.loads(call("ops", "--json").stdout)}
     assert found["weighted_sum"]["numerics"] == "A"
     assert json.loads(call("ops", "topk_mask", "--json").stdout)["kind"] == "selection"

@@ -5,6 +5,7 @@ Both happen in processes of their own, started together: the interpreter has to 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,14 +19,14 @@ from kernels import triton_aot
 from kernels.occupancy import occupancy
 
 from fastmerge import _triton
-from fastmerge._dispatch import BackendUnavailable
+from fastmerge._dispatch import BackendUnavailable, Batch, batched
 from fastmerge.ops import weighted_sum
 
 HERE = Path(__file__).parent
 # Kernels bound by memory: occupancy and wide accesses matter. Ranks and chunks that start inside a Philox call are
 # reached element by element; elections take four elements a thread, which are 8 bytes of a 16-bit stream.
 STREAMING = ("weighted_sum", "random_mask", "rule_mask", "topk_row", "histogram_kernel", "collect_kernel", "sample_kernel",
-             "consensus_merge", "l1_norms", "abs_sum")  # fmt: skip
+             "consensus_merge", "l1_norms", "abs_sum", "delta_kernel", "finish_kernel")  # fmt: skip
 ELEMENTWISE = ("random_mask, by rank",)
 TIMEOUT = 900  # seconds; a hang must end, a loaded machine may be slow
 
@@ -132,6 +133,42 @@ def test_the_reason_names_the_remedy_on_a_machine_without_a_gpu():
     assert "triton: a tensor is on cpu" in str(weighted_sum.explain(x, [x], 1.0))
     with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
         weighted_sum(x, [x], 1.0, backend="triton")
+
+
+def test_a_list_of_calls_and_a_batch_where_no_backend_takes_many():
+    x, y = torch.arange(5.0), torch.ones(5)
+    calls = [((x, [y], 0.5), {"scale": s}) for s in (1.0, 2.0)]
+    want = [weighted_sum(*a, **kw) for a, kw in calls]
+    assert all(torch.equal(a, b) for a, b in zip(weighted_sum.each(calls), want, strict=True))
+    with batched() as batch, batch.deferring():
+        out = torch.full((5,), float("nan"))
+        weighted_sum(x, [y], 0.5, out=out)
+        assert torch.equal(out, want[0])  # done at once
+        assert not batch.waiting
+
+
+def test_what_waits_in_a_batch_runs_together(monkeypatch):
+    ran = []
+
+    def many(calls):
+        ran.append(len(calls))
+        return [kw["out"].fill_(1) for _, kw in calls]
+
+    cpu = weighted_sum.backends["cpu"]
+    monkeypatch.setitem(weighted_sum.backends, "cpu", dataclasses.replace(cpu, many=many))
+    monkeypatch.setattr(Batch, "MOST", 3)
+    outs = [torch.zeros(4) for _ in range(5)]
+    with batched() as batch:
+        with batch.deferring():
+            for out in outs:
+                assert weighted_sum(out, [out], 1.0, out=out) is out
+            big = torch.zeros(Batch.SMALL + 1)
+            weighted_sum(big, [big], 1.0, out=big)
+            assert weighted_sum(outs[0], [outs[0]], 1.0).shape == (4,)  # without out= nothing waits
+        assert ran == [3]
+    assert ran == [3, 2]
+    assert all(bool((out == 1).all()) for out in outs)
+    assert not big.any()
 
 
 def test_the_reason_without_triton(monkeypatch):

@@ -46,32 +46,52 @@ def test_a_whole_merge_equals_the_cpus(method, parameters, exact, monkeypatch):
     assert any(not torch.equal(got[name], base[name]) for name in base)
 
 
-def test_small_tensors_share_launches(monkeypatch):
-    g = torch.Generator().manual_seed(6)
-    base = {f"layer.{i}.weight": (torch.randn(3 + i, 5, generator=g) * 0.02).bfloat16() for i in range(12)}
-    tuned = [{n: (t.float() + torch.randn(t.shape, generator=g) * 0.002).bfloat16() for n, t in base.items()} for _ in "ab"]
-    for method, parameters, kernel in (
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched, in order."""
+    names: list[str] = []
+    call = GridExecutor.__call__
+
+    def counting(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counting)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "kernel"),
+    [
         ("ties", {"weight": 1.0, "density": 0.4}, "consensus_merge_kernel"),
         ("task_arithmetic", {"weight": 0.3}, "weighted_sum_many_kernel"),
         ("linear", {"weight": [0.3, 0.7]}, "weighted_sum_many_kernel"),
-    ):
-        monkeypatch.setenv("FASTMERGE_BACKEND", "cpu")
-        want = fm.merge(method, base, tuned, **parameters)
-        monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
-        launches: list[str] = []
-        with monkeypatch.context() as patch:
-            call = GridExecutor.__call__
+    ],
+)
+def test_small_tensors_share_launches(method, parameters, kernel, launches, monkeypatch):
+    g = torch.Generator().manual_seed(6)
+    base = {f"layer.{i}.weight": (torch.randn(3 + i, 5, generator=g) * 0.02).bfloat16() for i in range(9)}
+    tuned = [
+        {n: (t.float() + torch.randn(t.shape, generator=g) * 0.002).bfloat16() for n, t in base.items()} for _ in "ab"
+    ]
+    monkeypatch.setenv("FASTMERGE_BACKEND", "cpu")
+    want = fm.merge(method, base, tuned, **parameters)
+    assert launches == []
+    monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
+    got = fm.merge(method, base, tuned, **parameters)
+    assert launches.count(kernel) == 1, launches
+    assert launches.count("collect_kernel") == (1 if method == "ties" else 0)  # the thresholds of all tensors at once
+    for name in want:
+        assert_same_bits(got[name], want[name], f"{method} {name}")
 
-            def counting(self, *args, **kwargs):
-                launches.append(self.fn.__name__)
-                return call(self, *args, **kwargs)
 
-            patch.setattr(GridExecutor, "__call__", counting)
-            got = fm.merge(method, base, tuned, **parameters)
-        assert launches.count(kernel) == 1, launches
-        assert launches.count("collect_kernel") == (1 if method == "ties" else 0)  # all thresholds at once
-        for name in want:
-            assert_same_bits(got[name], want[name], f"{method} {name}")
+def test_fr_stores_no_delta(launches, monkeypatch):
+    base, tuned = models()
+    monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
+    fm.merge("fr", base, tuned)
+    assert "project_kernel" in launches
+    assert launches.count("weighted_sum_many_kernel") == 1  # the two vectors
+    assert "weighted_sum_kernel" not in launches
 
 
 def test_many_calls_as_a_list():
@@ -83,5 +103,7 @@ def test_many_calls_as_a_list():
         want.append(weighted_sum(*calls[-1][0], **calls[-1][1], backend="reference"))
     assert weighted_sum.backends["triton"].many is not None
     for backend in ("triton", "cpu", "reference"):
-        for got, expected in zip(weighted_sum.each([(a, kw | {"backend": backend}) for a, kw in calls]), want, strict=True):
+        for got, expected in zip(
+            weighted_sum.each([(a, kw | {"backend": backend}) for a, kw in calls]), want, strict=True
+        ):
             assert_same_bits(got, expected, backend)
