@@ -139,7 +139,7 @@ def test_the_form_follows_the_cost_model():
     assert [name(4096, 4096, c) for c in (0.05, 0.1, 0.2)] == ["pruned", "pruned", "fft"]
     assert [name(1024, 1024, c) for c in (0.15, 0.3, 0.9)] == ["pruned", "staged", "fft"]
     assert name(32000, 1024, 0.15) == name(1024, 32000, 0.15) == "pruned"
-    assert name(1024, 512, 0.4) == "staged"
+    assert name(512, 512, 0.4) == "staged"
     assert name(769, 769, 0.5) == "fft"  # a prime: no stages
     assert name(30, 20, 0.1) == "staged"
     assert name(1024, 1024, 0.1, torch.float64) == "fft"
