@@ -208,8 +208,7 @@ def fused_merge(
     Numerics, cost and errors are those of :func:`highpass_filter`'s Triton backend, with the models' reads in place of
     x's; the base is added in the compute dtype and the sum rounded once.
     """
-    told = highpass_filter.explain(base, cutoff, mask=mask, ring_double=ring_double)
-    if told.chosen != "triton" or _triton.why_not(base, *models) is not None:
+    if _triton.why_not(base, *models) is not None or highpass_filter.choose(base) != "triton":
         return None
     require_like("highpass_filter", base, models)
     result, plan = _checked(base, cutoff, mask, ring_double, dtype, out)
