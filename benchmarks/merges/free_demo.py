@@ -78,13 +78,13 @@ def strengths(family: DemoFamily, budget: Budget, density: float) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smaller network")
-    parser.add_argument("--density", type=float, choices=DENSITIES, help="only the table of mu at this density")
+    parser.add_argument("--density", type=float, choices=(0.0, *DENSITIES), help="only mu at this density; 0: only rows")
     arguments = parser.parse_args()
     family, budget = prepare(quick=arguments.quick), QUICK if arguments.quick else FULL
     report: dict[str, Any] = {}
-    if arguments.density is None:
+    if not arguments.density:
         report["rows"] = recovered(family, budget)
-    for density in DENSITIES if arguments.density is None else (arguments.density,):
+    for density in DENSITIES if arguments.density is None else filter(None, [arguments.density]):
         report[f"mu at density {density:g}"] = strengths(family, budget, density)
     print(json.dumps(report, indent=1))
 

@@ -175,6 +175,16 @@ def test_llm_preset(dtype, bugs):
         assert clear.float().mean() > 0.9
 
 
+@pytest.mark.parametrize("preset", ["vit8", "vit30", "roberta", "lm", "llm"])
+def test_presets_in_bfloat16_are_the_float32_result_rounded_once(preset):
+    """Odd, tall, prime, small and 1-D tensors of every preset; the arithmetic is float32 whatever the storage."""
+    base, models = family(3, torch.bfloat16)
+    wide = {k: v.float() for k, v in base.items()}, [{k: v.float() for k, v in m.items()} for m in models]
+    got, want = fm.merge("fr", base, models, preset=preset), fm.merge("fr", *wide, preset=preset)
+    for k in base:
+        assert_same_bits(got[k], want[k].bfloat16(), k)
+
+
 def test_presets_can_be_overridden():
     base, models = family(2)
     k = "encoder.attention.query.weight"
