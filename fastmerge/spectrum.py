@@ -126,15 +126,15 @@ def draw(found: Spectrum, path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 11), layout="constrained")
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 11), layout="constrained")
     for task, values in found.amplitude.items():
         top.plot(found.frequency, values, label=f"{task} (variance {found.variance[task]:.3f})")
-    top.set(
-        title="Amplitude of the task deltas",
-        xlabel="radial frequency (Nyquist = 1)",
-        ylabel="RMS amplitude",
-        yscale="log",
-    )
+    top.set(title="Amplitude of the task deltas", xlabel="radial frequency (Nyquist = 1)", ylabel="RMS amplitude")
+    levels = [v for values in found.amplitude.values() for v in values if v > 0]
+    if levels and max(levels) > 10 * min(levels):
+        top.set_yscale("log")
+    else:  # a flat spectrum is to look flat
+        top.set_ylim(bottom=0)
     for pair, values in found.interference.items():
         middle.plot(found.frequency, values, label=pair)
     middle.axhline(0, color="0.7", linewidth=0.8)
@@ -143,11 +143,12 @@ def draw(found: Spectrum, path: str | Path) -> None:
     for task in found.amplitude:
         bottom.plot(range(len(tensors)), [found.removed[t][task] for t in tensors], ".-", label=task)
     bottom.set(title="Share of energy the mask removes", ylabel="share", xlabel="tensor")
+    bottom.set_ylim(bottom=0)
     short = [re.sub(r"\.weight$", "", t) for t in tensors]
     step = max(1, len(short) // 24)
     bottom.set_xticks(range(0, len(short), step), short[::step], rotation=90, fontsize=7)
     for axis in (top, middle, bottom):
         if len(axis.lines) <= 13:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
