@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def strengths(family: DemoFamily, budget: Budget, density: float) -> dict[str, A
             "test, %": round(100 * mean(oracle(family, free, "test", budget.test)), PERCENT),
         }
         free.use(None)
+        print(name, out[name], file=sys.stderr, flush=True)
     grid = [v["test, %"] for k, v in out.items() if k not in ("paper", "vit", "balanced")]
     for name in ("paper", "vit", "balanced"):
         out[name]["below the best of the grid, points"] = round(max(grid) - out[name]["test, %"], PERCENT)

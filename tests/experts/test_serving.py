@@ -69,26 +69,12 @@ def test_softmax_mixture_is_the_weighted_sum_of_experts(served):
     assert list(mixture) == TASKS
     assert 0 < mixture["spam"] < mixture["mood"] < 1
     free.use(mixture)
-    for k, t in made.experts["spam"].tensors.items():
+    for k in made.experts["spam"].tensors:
         want = before[k] + sum(w * made.experts[n].tensors[k].dense() for n, w in mixture.items())
-        assert t.index.numel()
         torch.testing.assert_close(made.backbone.state_dict()[k], want)
     free.use(None)
     for k, v in before.items():
         assert_same_bits(made.backbone.state_dict()[k], v, k)
-
-
-def test_an_expert_brings_the_backbone_towards_its_model(served):
-    _, models, made, _, _ = served
-    free = made.serve()
-    plain = {k: v.clone() for k, v in made.backbone.state_dict().items()}
-    for task, model in zip(TASKS, models, strict=True):
-        free.use(task)
-        for k, t in made.experts[task].tensors.items():
-            own = model.state_dict()[k].view(-1)[t.index] - plain[k].view(-1)[t.index]
-            moved = free.model.state_dict()[k].view(-1)[t.index] - plain[k].view(-1)[t.index]
-            assert float((own * moved).sum()) > 0, k
-    free.use(None)
 
 
 @torch.inference_mode()
