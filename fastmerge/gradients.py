@@ -8,7 +8,9 @@ call (no copy where device and dtype fit), so the module itself never changes.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -237,6 +239,7 @@ class Gradient:
         dtype: torch.dtype | None,
         names: frozenset[str] | None,
         own: bool,
+        workers: int,
     ) -> None:
         self._models, self._losses, self._batches = dict(models), dict(losses), dict(batches)
         self._options: dict[str, Any] = {
@@ -248,7 +251,9 @@ class Gradient:
             "dtype": dtype,
             "names": names,
             "own": own,
+            "workers": workers,
         }
+        self._parts: list[Gradient] = []
         self.tasks = tuple(self._batches)
         self._counts = {task: sum(items_in(b) for b in data) for task, data in self._batches.items()}
         for task, count in self._counts.items():
@@ -284,7 +289,39 @@ class Gradient:
         gradients, self.value = self._run(state, True)
         return gradients
 
+    def _split(self) -> list[Gradient]:
+        """One part per worker: every workers-th batch, on a copy of the modules that shares nothing but lent weights."""
+        if not self._parts:
+            count = self._options["workers"]
+            for w in range(count):
+                part = copy.copy(self)
+                part._models = copy.deepcopy(self._models) if w else self._models
+                part._batches = {task: list(data)[w::count] for task, data in self._batches.items()}
+                part._options = {**self._options, "workers": 1}
+                self._parts.append(part)
+        return self._parts
+
+    def _run_parts(self, state: Mapping[str, Tensor], backward: bool) -> tuple[dict[str, Tensor], float]:
+        parts, before = self._split(), torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found = list(pool.map(lambda part: part._run(state, backward), parts))
+        finally:
+            torch.set_num_threads(before)
+        total, value = found[0]
+        for more, added in found[1:]:  # in the parts' order: the same sum whichever ends first
+            value += added
+            for name, g in more.items():
+                if name in total:
+                    total[name].add_(g)
+                else:
+                    total[name] = g
+        return total, value
+
     def _run(self, state: Mapping[str, Tensor], backward: bool) -> tuple[dict[str, Tensor], float]:
+        if self._options["workers"] > 1:
+            return self._run_parts(state, backward)
         total: dict[str, Tensor] = {}
         value = 0.0
         wanted = self._options["names"]
@@ -354,6 +391,7 @@ def gradient(
     reduction: Literal["mean", "sum"] = "mean",
     dtype: torch.dtype | None = None,
     parameters: Iterable[str] | None = None,
+    workers: int = 1,
 ) -> Gradient:
     """A callable that differentiates a calibration loss at any weights.
 
@@ -373,6 +411,9 @@ def gradient(
         checkpointing: recompute blocks in the backward pass.
         dtype: run the module in this dtype (default: that of the weights given, float32 in Frank-Wolfe).
         parameters: names to differentiate (default: every parameter the weights have).
+        workers: batches that are differentiated at once, each on one thread and on its own copy of the module: for
+            modules on the CPU that are too small to keep all threads busy. Costs a module and a gradient per worker;
+            the loss must use the module it is given, and dropout noise (train_mode) is not repeatable.
 
     Raises: BadInput for unknown losses, missing labels, empty data, names or shapes that do not fit, and gradients
         that are not finite.
@@ -384,6 +425,11 @@ def gradient(
         raise BadInput(f"micro_batch must be at least 1, not {micro_batch}")
     if amp not in (None, torch.bfloat16, torch.float16):
         raise BadInput(f"amp must be torch.bfloat16, torch.float16 or None, not {amp}")
+    if workers < 1:
+        raise BadInput(f"workers must be at least 1, not {workers}")
+    models = list(model.values()) if isinstance(model, Mapping) else [model]
+    if workers > 1 and any(p.device.type != "cpu" or _is_sharded(p) for m in models for p in m.parameters()):
+        raise BadInput("workers > 1 is for whole modules on the CPU", remedy="leave it out")
     by_task = batches if isinstance(batches, Mapping) else {"": batches}
     if not by_task:
         raise BadInput("batches is empty")
@@ -413,4 +459,5 @@ def gradient(
         dtype=dtype,
         names=None if parameters is None else frozenset(parameters),
         own=isinstance(model, Mapping),
+        workers=workers,
     )

@@ -116,7 +116,9 @@ def oracle(folders: Sequence[Path], repeat: int, published: bool) -> dict[str, A
     return out
 
 
-def family_with(irrelevant: int) -> tuple[Any, list[str], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+def family_with(
+    irrelevant: int, quick: bool
+) -> tuple[Any, list[str], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """The demo's family, four of its tasks, their fine-tunes, and candidates that have nothing to do with them.
 
     Irrelevant are the other tasks' fine-tunes and copies of fine-tunes whose deltas were shuffled within each tensor
@@ -124,7 +126,7 @@ def family_with(irrelevant: int) -> tuple[Any, list[str], list[dict[str, Tensor]
     """
     from fastmerge import demo
 
-    family = demo.prepare(quick=True)
+    family = demo.prepare(quick=quick)
     tasks, others = list(family.tasks)[:4], list(family.tasks)[4:]
     base = family.state()
     extra = [family.state(t) for t in others]
@@ -148,7 +150,8 @@ def published_run(
     pool = [*candidates, {n: t.clone() for n, t in theta.items()}]
     choices = []
     for t in range(iterations):
-        picks, scores = published_oracle(sample_gradient(theta), pool)
+        found = sample_gradient(theta)
+        picks, scores = published_oracle({n: found[n] for n in theta}, pool)
         gamma = 2 / (t + 2) * 0.1
         picks = [-1 if s >= 0 else k for k, s in zip(picks, scores, strict=True)]
         for name, k in zip(theta, picks, strict=True):
@@ -158,11 +161,14 @@ def published_run(
     return choices
 
 
-def end_to_end() -> dict[str, Any]:
-    family, tasks, relevant, extra = family_with(16)
+def end_to_end(quick: bool) -> dict[str, Any]:
+    family, tasks, relevant, extra = family_with(16, quick)
     base, candidates = family.state(), [*relevant, *extra]
     model = family.model()
-    batched = fm.gradient(model, family.loss, {t: family.calibration(t, batch=100, limit=100) for t in tasks})
+    batched = fm.gradient(
+        model, family.loss, {t: family.calibration(t, batch=50, limit=100) for t in tasks},
+        workers=torch.get_num_threads(),
+    )  # fmt: skip
     single = fm.gradient(
         model, family.loss, {t: family.calibration(t, batch=1, limit=100) for t in tasks}, reduction="sum"
     )
@@ -176,10 +182,12 @@ def end_to_end() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def scale() -> dict[str, Any]:
-    family, tasks, relevant, extra = family_with(16)
+def scale(quick: bool) -> dict[str, Any]:
+    family, tasks, relevant, extra = family_with(16, quick)
     base = family.state()
-    ask = fm.gradient(family.model(), family.loss, {t: family.calibration(t, batch=100) for t in tasks})
+    ask = fm.gradient(
+        family.model(), family.loss, {t: family.calibration(t) for t in tasks}, workers=torch.get_num_threads()
+    )
 
     def accuracy(state: State) -> float:
         found = family.evaluate(state, tasks=tasks)
@@ -202,11 +210,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="oracle: the base's folder, then the candidates'")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--published", action="store_true", help="oracle: time the published loop too")
+    parser.add_argument("--quick", action="store_true", help="run, scale: the demo's small family")
     given = parser.parse_args()
     if given.what == "oracle":
         print(json.dumps(oracle(given.folders, given.repeat, given.published)))
     else:
-        print(json.dumps(end_to_end() if given.what == "run" else scale()))
+        print(json.dumps(end_to_end(given.quick) if given.what == "run" else scale(given.quick)))
 
 
 if __name__ == "__main__":

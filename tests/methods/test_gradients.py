@@ -139,6 +139,24 @@ def test_what_is_not_merged_is_each_tasks_own():
     check(one(Weights(state, merged)), {n: t for n, t in full.items() if n in merged})  # the state's head judges here
 
 
+def test_workers_share_the_batches():
+    net = make(0)
+    batches = {"a": [*data(8), *data(5, seed=1), *data(7, seed=2)], "b": data(4, seed=3)}
+    before, state = torch.get_num_threads(), make(2).state_dict()
+    want = gradient(net, "cross_entropy", batches)
+    got = gradient(net, "cross_entropy", batches, workers=3)
+    check(got(state), want(state))
+    assert got.value == pytest.approx(want.value, rel=1e-6)
+    assert got.loss(state) == pytest.approx(want.loss(state), rel=1e-6)
+    check(got.task("a")(state), want.task("a")(state))
+    for n, g in got(state).items():
+        assert torch.equal(g, got(state)[n])  # whichever worker ends first
+    assert torch.get_num_threads() == before
+    for bad in (0, -1):
+        with pytest.raises(BadInput, match="workers must be at least 1"):
+            gradient(net, "cross_entropy", batches, workers=bad)
+
+
 def test_losses():
     net, batches = make(), data(6, 6)
     x, y = batches[0]
