@@ -3,6 +3,7 @@
     python -m fastmerge.benchmarks.merges.frank_wolfe oracle FOLDER...     # one pass over the candidates in FOLDERs
     python -m fastmerge.benchmarks.merges.frank_wolfe run                  # 10 iterations, 20 candidates, the demo's model
     python -m fastmerge.benchmarks.merges.frank_wolfe scale                # accuracy with 16 irrelevant candidates
+    python -m fastmerge.benchmarks.merges.frank_wolfe memory               # peak memory with 2, 8 and 64 candidates
 
 oracle: ours; one thread reading the same files in 4 MB blocks and doing nothing with them; and the published loop,
 which takes each tensor of each candidate whole, flattens it and computes one dot and two norms.
@@ -121,8 +122,9 @@ def family_with(
 ) -> tuple[Any, list[str], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """The demo's family, four of its tasks, their fine-tunes, and candidates that have nothing to do with them.
 
-    Irrelevant are the other tasks' fine-tunes and copies of fine-tunes whose deltas were shuffled within each tensor
-    and doubled: as large as real ones of a longer training, and meaningless.
+    Irrelevant are the other tasks' fine-tunes; of the rest every other one is a network of fresh random weights, and
+    every other one a fine-tune whose deltas were shuffled within each tensor and made four times as long (as those of a
+    longer training are): meaningless, but near the base.
     """
     from fastmerge import demo
 
@@ -132,10 +134,15 @@ def family_with(
     extra = [family.state(t) for t in others]
     g = torch.Generator().manual_seed(0)
     while len(extra) < irrelevant:
+        if len(extra) % 2:
+            fresh = family.model()
+            fresh.initialize(g)
+            extra.append({n: t.detach().to(base[n].dtype) for n, t in fresh.state_dict().items()})
+            continue
         source = family.state(tasks[len(extra) % 4])
         extra.append(
             {
-                n: (b + 2 * (source[n] - b).flatten()[torch.randperm(b.numel(), generator=g)].view(b.shape)).to(b.dtype)
+                n: (b + 4 * (source[n] - b).flatten()[torch.randperm(b.numel(), generator=g)].view(b.shape)).to(b.dtype)
                 for n, b in base.items()
             }
         )
@@ -189,24 +196,70 @@ def scale(quick: bool) -> dict[str, Any]:
         family.model(), family.loss, {t: family.calibration(t) for t in tasks}, workers=torch.get_num_threads()
     )
 
-    def accuracy(state: State) -> float:
-        found = family.evaluate(state, tasks=tasks)
+    def accuracy(state: State, split: str = "test") -> float:
+        found = family.evaluate(state, split, tasks=tasks, limit=100 if split == "calibration" else None)
         return 100 * sum(found.values()) / len(found)
 
     rows: dict[str, Any] = {"base": accuracy(base)}
-    pools = {"4 relevant": relevant, "4 relevant + 16 irrelevant": [*relevant, *extra]}
+    pools = {"4": relevant, "4 + 16": [*relevant, *extra]}
     for name, pool in pools.items():
-        rows[f"task_arithmetic, {name}"] = accuracy(fm.merge("task_arithmetic", base, pool, weight=1.0, lambda_=0.29))
-        hard = fm.frank_wolfe(base, pool, ask, init="base", step="line_search", search_evaluations=6, norm_cache=False)
+        sums = {x: fm.merge("task_arithmetic", base, pool, weight=1.0, lambda_=x) for x in (0.05, 0.1, 0.29)}
+        rows[f"task_arithmetic 0.29, {name}"] = accuracy(sums[0.29])
+        scores = {x: accuracy(state, "calibration") for x, state in sums.items()}
+        best = max(scores, key=lambda x: scores[x])
+        rows[f"task_arithmetic chosen, {name}"] = accuracy(sums[best])
+        rows[f"lambda chosen, {name}"] = best
+        hard = fm.frank_wolfe(
+            base, pool, ask, init="base", step="line_search", search_evaluations=6, iterations=6, norm_cache=False
+        )
         rows[f"frank_wolfe, {name}"] = accuracy(hard.state_dict)
         soft = fm.frank_wolfe_soft(base, pool, ask, iterations=4, constraint="capped", inner_steps=8, norm_cache=False)
         rows[f"frank_wolfe_soft, {name}"] = accuracy(soft.state_dict)
+        rows[f"irrelevant weight, {name}"] = [max(sum(w[5:-1]) for w in r.coefficients.values()) for r in (hard, soft)]
     return rows
+
+
+CHILD = """
+import sys, torch
+import fastmerge as fm
+class Quadratic:
+    def __call__(self, state):
+        self.value = float(sum(t.square().sum() for t in state.values())) / 2
+        return dict(state)
+fm.frank_wolfe(sys.argv[1], sys.argv[2:], Quadratic(), metric="cosine", iterations=2, norm_cache=False)
+fm.frank_wolfe_soft(sys.argv[1], sys.argv[2:], Quadratic(), top_k=2, inner_steps=2, iterations=2, norm_cache=False)
+"""
+
+
+def memory(elements: int = 2 << 20) -> dict[str, float]:
+    """Peak resident MB of a process that merges 2, 8 and 64 candidates of `elements` bf16 weights, by wait4."""
+    import subprocess
+    import sys
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as root:
+        g = torch.Generator().manual_seed(0)
+        for k in range(65):
+            (Path(root) / str(k)).mkdir()
+            tensors = {n: torch.randn(elements // 4, generator=g).bfloat16() for n in "wxyz"}
+            save_file(tensors, Path(root) / str(k) / "model.safetensors")
+        peaks = {}
+        for count in (2, 8, 64):
+            folders = [f"{root}/{k}" for k in range(count + 1)]
+            process = subprocess.Popen([sys.executable, "-c", CHILD, *folders])
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise RuntimeError(f"the run with {count} candidates failed")
+            peaks[f"{count} candidates"] = usage.ru_maxrss / 1024
+    return {**peaks, "64 over 2": peaks["64 candidates"] / peaks["2 candidates"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["oracle", "run", "scale"])
+    parser.add_argument("what", choices=["oracle", "run", "scale", "memory"])
     parser.add_argument("folders", nargs="*", type=Path, help="oracle: the base's folder, then the candidates'")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--published", action="store_true", help="oracle: time the published loop too")
@@ -214,6 +267,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "oracle":
         print(json.dumps(oracle(given.folders, given.repeat, given.published)))
+    elif given.what == "memory":
+        print(json.dumps(memory()))
     else:
         print(json.dumps(end_to_end(given.quick) if given.what == "run" else scale(given.quick)))
 
