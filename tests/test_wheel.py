@@ -1,6 +1,9 @@
 """A wheel, built from the clone and installed away from it, holds what it should and merges."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import load, near, save, tiny_state
 from checks import assert_same_bits
 
@@ -24,6 +28,7 @@ def _run(*command, **options):
 
 def build(folder, kind):
     environment = {**os.environ, "FASTMERGE_BUILD": kind, "FASTMERGE_BUILD_DIR": str(folder / "cmake")}
+    environment["CUDAARCHS"] = "90-virtual"  # where there is an nvcc: one target, not compiled to its end
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     _run(
         sys.executable,
@@ -55,7 +60,7 @@ def environment(folder, wheel):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("wheel"), "cpu")
+    return build(tmp_path_factory.mktemp("wheel"), "auto")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,32 @@ def test_merges_away_from_the_clone(python, tmp_path):
     recipe.write_text("merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n")
     _run(python.with_name("fastmerge"), "merge", "recipe.yml", "linear", cwd=tmp_path)
     assert set(load(tmp_path / "linear")) == set(base)
+
+
+def test_a_wheel_with_cuda_kernels_needs_no_cuda_to_import(python, wheel, tmp_path):
+    code = (
+        "import json, torch, fastmerge as fm\n"
+        "from fastmerge import _cuda, _native\n"
+        "found = fm.doctor()\n"
+        "mapped = open('/proc/self/maps').read()\n"
+        "print(json.dumps([_native.lib().cuda_devices(), _native.lib().cuda_kernels(), found['native']['cuda'],"
+        " found['toolchain']['cuda_kernels'], 'libcudart' in mapped]))\n"
+    )
+    (count, reason), kernels, built, would_run, loaded = json.loads(_run(python, "-c", code, cwd=tmp_path))
+    if shutil.which("nvcc") is None:
+        assert (kernels, built, count) == ([], None, 0)
+        return
+    assert built
+    assert "permute_rows_kernel_16" in kernels
+    with zipfile.ZipFile(wheel) as z:
+        (module,) = (n for n in z.namelist() if n.startswith("fastmerge/_C"))
+        linked = _run("readelf", "-d", z.extract(module, tmp_path))
+    assert not re.search(r"NEEDED.*(libcuda|libcudart|libtorch)", linked)
+    if not torch.cuda.is_available():
+        assert count == 0
+        assert not loaded
+        assert reason
+        assert would_run.startswith(f"none: nvcc build: no CUDA device: {reason}; NVRTC through CuPy: ")
 
 
 def test_without_a_compiler_the_reference_serves_and_doctor_says_so(tmp_path):
