@@ -20,9 +20,9 @@ from ..methods import Method
 from . import cuda
 from .protocol import Device
 
-# Bytes/s and worker, measured on AMD EPYC (docs/performance.md): reading from the page cache, and merging a base and four
-# bfloat16 models by a fused element-wise rule, by random masks, by ranks, and through the high-pass filter.
-READ = 7e9
+READ = 7e9  # bytes/s and worker from a warm page cache: taken, a little below what warm reads gave on two machines
+# Bytes/s and worker, measured on AMD EPYC (docs/performance.md): merging a base and four bfloat16 models by a fused
+# element-wise rule, by random masks, by ranks, and through the high-pass filter.
 RATE = 5e9
 RATES = {"dare_linear": 2.1e9, "dare_ties": 2.1e9, "della": 0.28e9, "della_linear": 0.28e9, "fr": 1.6e9, "free": 1.6e9}
 BUS = 64e9  # bytes/s of the fastest bus in common use: what a job must beat before the real one is measured
