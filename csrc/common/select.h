@@ -43,6 +43,27 @@ class Buffer {
   std::int64_t capacity_ = 0;
 };
 
+// Ascending, by radix: a sample's ranks without a branch that can be mispredicted.
+template <class K>
+void sort_keys(std::vector<K>& keys) {
+  constexpr int kBits = 11, kBuckets = 1 << kBits, kPasses = (8 * sizeof(K) - 1 + kBits - 1) / kBits;
+  std::vector<K> other(keys.size());
+  std::vector<std::uint32_t> count(static_cast<std::size_t>(kPasses) * kBuckets, 0);
+  for (const K v : keys)
+    for (int p = 0; p < kPasses; ++p) ++count[p * kBuckets + ((v >> (p * kBits)) & (kBuckets - 1))];
+  for (int p = 0; p < kPasses; ++p) {
+    std::uint32_t* c = count.data() + p * kBuckets;
+    std::uint32_t sum = 0;
+    for (int v = 0; v < kBuckets; ++v) {
+      const std::uint32_t here = c[v];
+      c[v] = sum;
+      sum += here;
+    }
+    for (const K v : keys) other[c[(v >> (p * kBits)) & (kBuckets - 1)]++] = v;
+    keys.swap(other);
+  }
+}
+
 template <class K>
 struct KeyPiece {
   const K* key;

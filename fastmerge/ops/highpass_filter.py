@@ -114,7 +114,7 @@ def _highpass_filter_cpu(
     result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
     if plan is None or not len(plan.columns):
         return result.copy_(x)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else _native.fresh(result.shape, result.dtype)
     height, width = x.shape[-2:]
     rows, filtered = x.reshape(-1, width), dense.view(-1, width)
     group = max(1, _GROUP_BYTES // (len(plan.columns) * height * (16 if x.dtype == torch.float64 else 8)))
@@ -138,7 +138,7 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
     def address(t: Tensor, row: int) -> int:
         return t.data_ptr() + row * t.shape[1] * t.element_size()
 
-    spectrum = torch.empty(rows.shape[0] // height * count, height, dtype=complex_dtype)  # [G C, H]
+    spectrum = _native.fresh((rows.shape[0] // height * count, height), complex_dtype)  # [G C, H]
     for a, b in _blocks(rows.shape[0], row_block):
         block = _accompanied(torch.fft.rfft, rows[a:b].to(compute))  # [b - a, W // 2 + 1]
         getattr(native, f"highpass_gather_{suffix}")(
