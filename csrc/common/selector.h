@@ -191,6 +191,7 @@ class Selector final : public SelectorBase {
     alignas(64) C base[kBlock];
     alignas(64) K key[kBlock];
     std::vector<char> used(models_, 0);
+    const std::int64_t base_bytes = d.has_base() ? size_of(d.base.type) : 0;
     bool canonical = false;
     for (auto& t : targets_) {
       if (t.phase == Phase::done) continue;
@@ -210,6 +211,13 @@ class Selector final : public SelectorBase {
       const C* b = d.origin(at, m, base);
       for (std::size_t k = 0; k < models_; ++k) {
         if (!used[k]) continue;
+        // A share of the base's next block, as the models' are fetched by their own scans.
+        if (b && base_bytes > 0) {
+          const char* next = reinterpret_cast<const char*>(d.base.address) + (at + kBlock) * base_bytes;
+          const std::int64_t bytes = kBlock * base_bytes, share = static_cast<std::int64_t>(models_);
+          for (std::int64_t c = bytes * static_cast<std::int64_t>(k) / share; c < bytes * static_cast<std::int64_t>(k + 1) / share; c += 64)
+            __builtin_prefetch(next + c);
+        }
         bool keyed = false;
         for (auto& t : targets_) {
           if (t.model != k || t.phase == Phase::done || scanned(t, d, b, at, m, t.runs[r], offset + at, at - begin)) continue;
