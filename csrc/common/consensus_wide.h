@@ -10,22 +10,31 @@
 #ifdef FASTMERGE_AVX512
 namespace fastmerge::detail {
 
-// Which of the 16 elements from i on model k keeps, d being their deltas.
-template <bool kBits, class T>
-FM_WIDE __mmask16 kept16(const Hot<T>& h, int k, __m512 d, std::int64_t i) {
-  if (kBits) return static_cast<__mmask16>(h.keep[k][i >> 6] >> (i & 63));
-  const __m512i key = _mm512_and_si512(_mm512_castps_si512(d), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_cmpgt_epi32_mask(key, _mm512_set1_epi32(h.bound[k]));
+// Which of the 16 elements from i on a model keeps, d being their deltas.
+template <bool kBits>
+FM_WIDE __mmask16 kept16(const std::uint64_t* keep, __m512i bound, __m512 d, std::int64_t i) {
+  if (kBits) return static_cast<__mmask16>(keep[i >> 6] >> (i & 63));
+  return _mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(d), _mm512_set1_epi32(0x7fffffff)), bound);
 }
 
+// What stays the same over a block, in registers: stores through `out` could otherwise change it, for all the compiler knows.
+template <int K, class T>
+struct Held {
+  const T* base;
+  const T* model[K];
+  const std::uint64_t* keep[K];
+  __m512 coefficient[K], weight[K], scale;
+  __m512i bound[K];
+};
+
 template <int K, bool kNormalize, bool kBits, class T>
-FM_WIDE __m512 elect16(const Hot<T>& h, std::int64_t i) {
+FM_WIDE __m512 elect16(const Held<K, T>& h, std::int64_t i) {
   const __m512 b = load16(h.base + i), zero = _mm512_setzero_ps();
   __m512 u[K], vote = zero, total = zero, divisor = zero;
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) {
     const __m512 d = _mm512_sub_ps(load16(h.model[k] + i), b);
-    u[k] = _mm512_maskz_mul_ps(kept16<kBits>(h, k, d, i), d, _mm512_set1_ps(h.coefficient[k]));
+    u[k] = _mm512_maskz_mul_ps(kept16<kBits>(h.keep[k], h.bound[k], d, i), d, h.coefficient[k]);
     vote = k == 0 ? u[k] : _mm512_add_ps(vote, u[k]);
   }
   // A term agrees unless, turned to the elected side, it is <= 0; NaN agrees. What is left out would add +0 to a sum that
@@ -37,41 +46,60 @@ FM_WIDE __m512 elect16(const Hot<T>& h, std::int64_t i) {
     const __m512 turned = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(u[k]), flip));
     const __mmask16 agrees = _mm512_cmp_ps_mask(turned, zero, _CMP_NLE_UQ);
     total = k == 0 ? _mm512_maskz_mov_ps(agrees, u[k]) : _mm512_mask_add_ps(total, agrees, total, u[k]);
-    if (kNormalize) {
-      const __m512 w = _mm512_set1_ps(h.weight[k]);
-      divisor = k == 0 ? _mm512_maskz_mov_ps(agrees, w) : _mm512_mask_add_ps(divisor, agrees, divisor, w);
-    }
+    if (kNormalize)
+      divisor = k == 0 ? _mm512_maskz_mov_ps(agrees, h.weight[k]) : _mm512_mask_add_ps(divisor, agrees, divisor, h.weight[k]);
   }
   if (kNormalize) {
     divisor = _mm512_mask_mov_ps(divisor, _mm512_cmp_ps_mask(divisor, zero, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
     total = _mm512_div_ps(total, divisor);
   }
-  return _mm512_add_ps(b, _mm512_mul_ps(total, _mm512_set1_ps(h.scale)));
-}
-
-// Without an election, for any number of models.
-template <bool kBits, class T>
-FM_WIDE __m512 sum16(const Hot<T>& h, int models, bool divides, std::int64_t i) {
-  const __m512 b = load16(h.base + i);
-  __m512 total = _mm512_setzero_ps();
-  for (int k = 0; k < models; ++k) {
-    const __m512 d = _mm512_sub_ps(load16(h.model[k] + i), b);
-    const __m512 u = _mm512_maskz_mul_ps(kept16<kBits>(h, k, d, i), d, _mm512_set1_ps(h.coefficient[k]));
-    total = k == 0 ? u : _mm512_add_ps(total, u);
-  }
-  if (divides) total = _mm512_div_ps(total, _mm512_set1_ps(h.divisor));
-  return _mm512_add_ps(b, _mm512_mul_ps(total, _mm512_set1_ps(h.scale)));
+  return _mm512_add_ps(b, _mm512_mul_ps(total, h.scale));
 }
 
 template <int K, bool kNormalize, bool kBits, class T>
-FM_AVX512 void elect_wide(const Hot<T>& h, std::int64_t n, bool stream) {
+FM_AVX512 void elect_wide(const Hot<T>& hot, std::int64_t n, bool stream) {
+  Held<K, T> h;
+  h.base = hot.base;
+  h.scale = _mm512_set1_ps(hot.scale);
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+    h.model[k] = hot.model[k];
+    h.keep[k] = hot.keep[k];
+    h.coefficient[k] = _mm512_set1_ps(hot.coefficient[k]);
+    h.weight[k] = _mm512_set1_ps(hot.weight[k]);
+    h.bound[k] = _mm512_set1_epi32(hot.bound[k]);
+  }
+  T* out = hot.out;
   for (std::int64_t i = 0; i < n; i += 32)
-    store32(h.out + i, elect16<K, kNormalize, kBits>(h, i), elect16<K, kNormalize, kBits>(h, i + 16), stream);
+    store32(out + i, elect16<K, kNormalize, kBits>(h, i), elect16<K, kNormalize, kBits>(h, i + 16), stream);
 }
+
+// Without an election, for any number of models: 32 elements at a time.
 template <bool kBits, class T>
 FM_AVX512 void sum_wide(const Hot<T>& h, int models, bool divides, std::int64_t n, bool stream) {
-  for (std::int64_t i = 0; i < n; i += 32)
-    store32(h.out + i, sum16<kBits>(h, models, divides, i), sum16<kBits>(h, models, divides, i + 16), stream);
+  const __m512 scale = _mm512_set1_ps(h.scale), divisor = _mm512_set1_ps(h.divisor);
+  const T* base = h.base;
+  T* out = h.out;
+  for (std::int64_t i = 0; i < n; i += 32) {
+    const __m512 b[2] = {load16(base + i), load16(base + i + 16)};
+    __m512 total[2];
+    for (int k = 0; k < models; ++k) {
+      const __m512 c = _mm512_set1_ps(h.coefficient[k]);
+      const __m512i bound = _mm512_set1_epi32(h.bound[k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const __m512 d = _mm512_sub_ps(load16(h.model[k] + i + 16 * j), b[j]);
+        const __m512 u = _mm512_maskz_mul_ps(kept16<kBits>(h.keep[k], bound, d, i + 16 * j), d, c);
+        total[j] = k == 0 ? u : _mm512_add_ps(total[j], u);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      if (divides) total[j] = _mm512_div_ps(total[j], divisor);
+      total[j] = _mm512_add_ps(b[j], _mm512_mul_ps(total[j], scale));
+    }
+    store32(out + i, total[0], total[1], stream);
+  }
 }
 
 // n a multiple of 32; stream needs `out` aligned to 64 bytes.

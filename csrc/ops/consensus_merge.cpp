@@ -145,8 +145,8 @@ void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
   T* out = pointer_of<T>(m.out);
   const std::size_t models = m.trims.size();
   alignas(64) T block[kBlock];
-  alignas(64) std::uint64_t words[kHotModels][kBlock / 64];
-  Hot<T> h;
+  alignas(64) std::uint64_t words[kHotModels][kBlock / 64 + 8];  // rounded up from kBitWords
+  Hot<T> h{};
   h.scale = static_cast<float>(m.scale);
   h.divisor = static_cast<float>(m.divisor);
   for (std::size_t k = 0; k < models; ++k) {

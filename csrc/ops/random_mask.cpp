@@ -22,7 +22,7 @@ void random_mask(std::uintptr_t out, std::int64_t n, std::uint64_t limit, std::u
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
 #ifdef FASTMERGE_AVX512
     for (; wide && begin + kDraws <= end; begin += kDraws) {
-      std::uint64_t bits[kDraws / 64];
+      std::uint64_t bits[kBitWords];
       random_bits(key, offset + begin, kDraws, limit, bits);
       detail::bytes_of_bits(bits, kDraws / 64, to + begin, past);
     }
