@@ -54,8 +54,8 @@ def highpass_filter(
 
     A matrix with a NaN or an Inf becomes NaN as a whole; a mask that keeps every bin with gain 1 returns x unchanged.
 
-    Numerics: class B on the CPU (same bits for any batch, thread count or worker count of one build and CPU type),
-    tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
+    Numerics: class B on the CPU (same bits for any batch and number of kernel threads of one build and CPU type; MKL may
+    transform short rows, 64 elements say, otherwise when torch itself is set to one thread), tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
     Cost: one real FFT pair, about 5·HW·log2(HW) flops. CPU workspace, in float32: one panel of the spectrum, plus the
         removed columns where only few columns are touched, plus H·W where `out` is not float32 (README of the op:
         docs/performance.md).
