@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +68,17 @@ def threads() -> int:
     if limit is not None:
         return int(limit)
     return max(1, min(torch.get_num_threads(), _affinity()))
+
+
+_HUGE = 4 << 20  # bytes: below this a new array is not worth the call
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """torch.empty; on the CPU a large one asks for huge pages: first touch of small ones costs more than most kernels."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if out.device.type == "cpu" and out.nbytes >= _HUGE and why_not() is None:
+        lib().advise_huge(out.data_ptr(), out.nbytes)
+    return out
 
 
 def cpu_why_not(*tensors: torch.Tensor) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from . import _native
 from ._dispatch import batched
 from .device import Fleet, Stage
 from .device.choose import parse
@@ -169,7 +170,7 @@ def merge_checkpoints(
         state: dict[str, Tensor] = {}
         for t in job.planned:
             where = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
-            state[t.name] = result = torch.empty(t.reference.shape, dtype=t.dtype, device=where)
+            state[t.name] = result = _native.fresh(t.reference.shape, t.dtype, where)
             if t.copied:
                 result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
             elif not fleet.stages:

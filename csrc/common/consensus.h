@@ -45,8 +45,9 @@ struct Hot {
   const T* base;
   T* out;
   const T* model[kHotModels];
-  float coefficient[kHotModels], weight[kHotModels], scale;
-  std::int32_t bound[kHotModels];
+  float coefficient[kHotModels], weight[kHotModels], scale, divisor;
+  std::int32_t bound[kHotModels];         // keep when the key is greater, or
+  const std::uint64_t* keep[kHotModels];  // random trims: bit j of word w is element 64 w + j of the block
 };
 
 template <class T>

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
@@ -13,25 +15,70 @@
 
 namespace fastmerge {
 
+// Memory of finished selections, kept for the next one: first touch of fresh pages costs more than what is written there.
+class Spares {
+ public:
+  // At least `bytes` (updated to what it is).
+  void* take(std::int64_t& bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = held_.end();
+      for (auto i = held_.begin(); i != held_.end(); ++i)
+        if (i->second >= bytes && i->second <= 4 * bytes && (best == held_.end() || i->second < best->second)) best = i;
+      if (best != held_.end()) {
+        void* memory = best->first;
+        bytes = best->second;
+        total_ -= bytes;
+        held_.erase(best);
+        return memory;
+      }
+    }
+    void* memory = std::malloc(static_cast<std::size_t>(bytes));
+    if (!memory) throw std::bad_alloc();
+    return memory;
+  }
+  void give(void* memory, std::int64_t bytes) {
+    if (memory && bytes >= kLeast) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (total_ + bytes <= kMost) {
+        held_.emplace_back(memory, bytes);
+        total_ += bytes;
+        return;
+      }
+    }
+    std::free(memory);
+  }
+
+ private:
+  static constexpr std::int64_t kLeast = 64 << 10, kMost = 32 << 20;
+  std::mutex mutex_;
+  std::vector<std::pair<void*, std::int64_t>> held_;
+  std::int64_t total_ = 0;
+};
+inline Spares& spares() {
+  static Spares* all = new Spares;  // never destroyed: threads may outlive static objects
+  return *all;
+}
+
 // A growing array that leaves new elements unwritten, so that memory is touched only where entries land.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), capacity_(std::exchange(o.capacity_, 0)) {}
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
   Buffer& operator=(Buffer&& o) noexcept {
     std::swap(data_, o.data_);
-    std::swap(capacity_, o.capacity_);
+    std::swap(bytes_, o.bytes_);
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { spares().give(data_, bytes_); }
   void reserve(std::int64_t n) {
-    if (n <= capacity_) return;
-    const std::int64_t capacity = std::max(n, capacity_ + capacity_ / 2);
-    void* grown = std::realloc(data_, static_cast<std::size_t>(capacity) * sizeof(T));
-    if (!grown) throw std::bad_alloc();
-    data_ = static_cast<T*>(grown);
-    capacity_ = capacity;
+    constexpr std::int64_t kItem = sizeof(T);
+    if (n * kItem <= bytes_) return;
+    std::int64_t bytes = std::max(n * kItem, bytes_ + bytes_ / 2);
+    T* grown = static_cast<T*>(spares().take(bytes));
+    if (data_) std::memcpy(grown, data_, static_cast<std::size_t>(bytes_));
+    spares().give(std::exchange(data_, grown), std::exchange(bytes_, bytes));
   }
   T* data() { return data_; }
   const T* data() const { return data_; }
@@ -40,8 +87,29 @@ class Buffer {
 
  private:
   T* data_ = nullptr;
-  std::int64_t capacity_ = 0;
+  std::int64_t bytes_ = 0;
 };
+
+// Ascending, by radix: a sample's ranks without a branch that can be mispredicted.
+template <class K>
+void sort_keys(std::vector<K>& keys) {
+  constexpr int kBits = 11, kBuckets = 1 << kBits, kPasses = (8 * sizeof(K) - 1 + kBits - 1) / kBits;
+  std::vector<K> other(keys.size());
+  std::vector<std::uint32_t> count(static_cast<std::size_t>(kPasses) * kBuckets, 0);
+  for (const K v : keys)
+    for (int p = 0; p < kPasses; ++p) ++count[p * kBuckets + ((v >> (p * kBits)) & (kBuckets - 1))];
+  for (int p = 0; p < kPasses; ++p) {
+    std::uint32_t* c = count.data() + p * kBuckets;
+    std::uint32_t sum = 0;
+    for (int v = 0; v < kBuckets; ++v) {
+      const std::uint32_t here = c[v];
+      c[v] = sum;
+      sum += here;
+    }
+    for (const K v : keys) other[c[(v >> (p * kBits)) & (kBuckets - 1)]++] = v;
+    keys.swap(other);
+  }
+}
 
 template <class K>
 struct KeyPiece {

@@ -16,7 +16,9 @@
 
 #include "keys.h"
 #include "parallel.h"
+#include "scan.h"
 #include "select.h"
+#include "stream.h"
 
 namespace fastmerge {
 
@@ -72,6 +74,7 @@ class Selector final : public SelectorBase {
     std::int64_t need = 0;       // of the elements equal to key, how many are kept
     std::int64_t remaining = 0;  // rank within the prefix
     double share = 0;            // of the elements, expected inside the bracket
+    bool marked = false;         // the mask was written on the way, see mark()
     Span span{};
     Rule result{};
     std::vector<Run> runs;
@@ -89,6 +92,11 @@ class Selector final : public SelectorBase {
     }
     samples_.resize(models_);
   }
+
+  // With one target: the pass over the data also writes the mask of the elements kept, n bytes. It is whole when marked()
+  // says so at the end; heavy ties and sorry samples take other passes, which write nothing.
+  void mark(std::uint8_t* mask) { mask_ = mask; }
+  bool marked() const { return mask_ && targets_.size() == 1 && targets_[0].marked; }
 
   // n elements of every delta, contiguous in the tensor: one span of the sample.
   void sample(const Deltas& d, std::int64_t n) override {
@@ -134,6 +142,13 @@ class Selector final : public SelectorBase {
     if (fed_ != expected_)
       throw std::invalid_argument("selector: " + std::to_string(fed_) + " elements were fed, " + std::to_string(expected_) + " were asked for");
     parallel_blocks(static_cast<std::int64_t>(targets_.size()), threads, [&](std::int64_t t) { step(targets_[t]); });
+    for (auto& t : targets_) {
+      if (mask_ && t.marked) {
+        auto& runs = t.runs;
+        parallel_blocks(static_cast<std::int64_t>(runs.size()), threads, [&](std::int64_t r) { mark_candidates(t, runs[r]); });
+      }
+      for (auto& run : t.runs) run.clear();
+    }
     samples_.clear();
     samples_.resize(models_);
     bool whole = false;
@@ -176,6 +191,7 @@ class Selector final : public SelectorBase {
     alignas(64) C base[kBlock];
     alignas(64) K key[kBlock];
     std::vector<char> used(models_, 0);
+    const std::int64_t base_bytes = d.has_base() ? size_of(d.base.type) : 0;
     bool canonical = false;
     for (auto& t : targets_) {
       if (t.phase == Phase::done) continue;
@@ -195,28 +211,83 @@ class Selector final : public SelectorBase {
       const C* b = d.origin(at, m, base);
       for (std::size_t k = 0; k < models_; ++k) {
         if (!used[k]) continue;
-        d.keys<C>(k, b, at, m, key);
-        if (canonical) detail::canonical(key, m);
-        for (auto& t : targets_)
-          if (t.model == k) tally(t, t.runs[r], key, m, offset + at, at - begin);
+        // A share of the base's next block, as the models' are fetched by their own scans.
+        if (b && base_bytes > 0) {
+          const char* next = reinterpret_cast<const char*>(d.base.address) + (at + kBlock) * base_bytes;
+          const std::int64_t bytes = kBlock * base_bytes, share = static_cast<std::int64_t>(models_);
+          for (std::int64_t c = bytes * static_cast<std::int64_t>(k) / share; c < bytes * static_cast<std::int64_t>(k + 1) / share; c += 64)
+            __builtin_prefetch(next + c);
+        }
+        bool keyed = false;
+        for (auto& t : targets_) {
+          if (t.model != k || t.phase == Phase::done || scanned(t, d, b, at, m, t.runs[r], offset + at, at - begin)) continue;
+          if (!keyed) {
+            d.keys<C>(k, b, at, m, key);
+            if (canonical) detail::canonical(key, m);
+            keyed = true;
+          }
+          tally(t, t.runs[r], key, m, offset + at, at - begin);
+        }
       }
     }
+    if (mask_) stream_fence();
+  }
+
+  // The tally of a bracket in one go from the inputs, where that is possible; otherwise false and nothing done.
+  bool scanned(const Target& t, const Deltas& d, const C* b, std::int64_t at, std::int64_t m, Run& run, std::int64_t position,
+               std::int64_t local) const {
+#ifdef FASTMERGE_AVX512
+    if constexpr (std::is_same_v<C, float>) {
+      if (!direct(t)) return false;
+      if (run.overflow) return true;  // digits will be counted instead, whatever is found here
+      Counts found;
+      run.reserve(run.size + m);
+      std::uint8_t* mark = mask_ && t.marked ? mask_ + position : nullptr;
+      const bool stream = n_ >= kStreamBytes && (reinterpret_cast<std::uintptr_t>(mark) & 63) == 0;
+      dispatch(d.models[t.model].type, [&](auto zero) {
+        using T = decltype(zero);
+        if constexpr (!std::is_same_v<T, double>) {
+          const T* x = reinterpret_cast<const T*>(d.models[t.model].address) + at;
+          run.size += (b ? detail::scan<T, true> : detail::scan<T, false>)(
+              x, b, m, t.bracket, static_cast<std::uint32_t>(local), run.key.data() + run.size, run.where.data() + run.size,
+              found, mark, stream);
+        }
+      });
+      run.counts.above += found.above;
+      if (t.bracket.lo == t.bracket.hi) found.equal_lo = 0;
+      if (t.bracket.tied) count_ties(run, position, m, found);
+      run.overflow = run.size > limit();
+      return true;
+    }
+#endif
+    (void)t, (void)d, (void)b, (void)at, (void)m, (void)run, (void)position, (void)local;
+    return false;
+  }
+  // Whether zeros lie below the bracket and every NaN above it, so that neither needs care.
+  bool direct(const Target& t) const {
+#ifdef FASTMERGE_AVX512
+    return std::is_same_v<C, float> && has_avx512() && t.phase == Phase::bracket && t.bracket.lo > 0 && t.bracket.hi < KeyOf<C>::inf;
+#else
+    (void)t;
+    return false;
+#endif
+  }
+  static void count_ties(Run& run, std::int64_t position, std::int64_t m, const Counts& found) {
+    Ties* ties = &run.ties.back();
+    if (ties->stop - ties->start >= kGrain) {
+      run.ties.push_back({position, position, 0, 0});
+      ties = &run.ties.back();
+    }
+    ties->stop = position + m;
+    ties->hi += found.equal_hi;
+    ties->lo += found.equal_lo;
   }
 
   void tally(Target& t, Run& run, const K* key, std::int64_t m, std::int64_t position, std::int64_t local) {
     const Bracket<K>& b = t.bracket;
     switch (t.phase) {
       case Phase::bracket:
-        if (b.tied) {
-          Ties* ties = &run.ties.back();
-          if (ties->stop - ties->start >= kGrain) {
-            run.ties.push_back({position, position, 0, 0});
-            ties = &run.ties.back();
-          }
-          ties->stop = position + m;
-          ties->hi += detail::count_equal(key, m, b.hi);
-          if (b.lo != b.hi) ties->lo += detail::count_equal(key, m, b.lo);
-        }
+        if (b.tied) count_ties(run, position, m, {0, detail::count_equal(key, m, b.hi), b.lo != b.hi ? detail::count_equal(key, m, b.lo) : 0});
         if (b.count && !run.overflow) {
           run.reserve(run.size + m);
           run.size += collect(key, m, b.first, b.count, static_cast<std::uint32_t>(local), run.key.data() + run.size,
@@ -254,7 +325,19 @@ class Selector final : public SelectorBase {
       }
       case Phase::done: break;
     }
-    for (auto& run : t.runs) run.clear();
+  }
+
+  // What a run collected and the rule keeps, into the mask.
+  void mark_candidates(const Target& t, const Run& run) const {
+    const K key = static_cast<K>(t.result.key);
+    for (std::size_t g = 0; g < run.segments.size(); ++g) {
+      const Segment& segment = run.segments[g];
+      const std::int64_t stop = g + 1 < run.segments.size() ? run.segments[g + 1].first : run.size;
+      std::uint8_t* to = mask_ + segment.offset;
+      const std::int64_t last = t.result.index - segment.offset;
+      for (std::int64_t i = segment.first; i < stop; ++i)
+        if (run.key[i] > key || (run.key[i] == key && run.where[i] <= last)) to[run.where[i]] = 1;
+    }
   }
 
   void start(Target& t) {
@@ -263,11 +346,11 @@ class Selector final : public SelectorBase {
     if (n_ <= 1 << 15) return set_bracket(t, 0, kTop, false);
     if (s < 64) return start_digits(t);
     std::vector<K> sample(all);
+    sort_keys(sample);  // ascending
     const double p = static_cast<double>(t.k) / static_cast<double>(n_);
     const auto r = std::min(s - 1, static_cast<std::int64_t>(p * static_cast<double>(s)));
-    std::nth_element(sample.begin(), sample.begin() + r, sample.end(), std::greater<K>());
     // Neighbours are alike in real tensors: the spread between spans, not a binomial, says how far off the rank can be.
-    const K pivot = sample[r];
+    const K pivot = sample[s - 1 - r];
     std::int64_t at = 0, total = 0;
     std::vector<std::int64_t> above;
     for (const auto length : spans_) {
@@ -282,8 +365,7 @@ class Selector final : public SelectorBase {
     }
     variance = std::max(variance, s * p * (1.0 - p));
     const auto reach = static_cast<std::int64_t>(4.5 * std::sqrt(variance)) + 3;
-    K lo, hi;
-    bracket_ranks(sample.data(), s, r, reach, kTop, &lo, &hi);
+    const K hi = r >= reach ? sample[s - 1 - r + reach] : kTop, lo = r + reach < s ? sample[s - 1 - r - reach] : K{0};
     std::int64_t inside = 0, ends = 0;
     for (const K v : all) {
       inside += v >= lo && v <= hi;
@@ -301,8 +383,10 @@ class Selector final : public SelectorBase {
       t.bracket.count = hi > lo ? hi - lo - 1 : 0;
     }
     t.phase = Phase::bracket;
+    t.marked = mask_ && !tied && direct(t);
   }
   void start_digits(Target& t) {
+    t.marked = false;
     t.phase = Phase::digits;
     t.digit = kDigits;
     t.prefix = 0;
@@ -422,6 +506,7 @@ class Selector final : public SelectorBase {
   std::vector<std::vector<K>> samples_;
   std::vector<std::int64_t> spans_;
   std::vector<Target> targets_;
+  std::uint8_t* mask_ = nullptr;
 };
 
 }  // namespace fastmerge

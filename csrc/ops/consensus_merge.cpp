@@ -1,12 +1,13 @@
 // consensus_merge: trim K deltas, elect a sign per element, add those that agree to the base.
 //
 // Story: once thresholds are known everything is elementwise, so the whole merge is one pass that reads K + 1 streams and
-// writes one. The common case, up to eight models of one dtype trimmed by thresholds, is a single loop that keeps all K
-// terms in registers: that loop is the engine's hot spot and runs at the memory's speed. Everything else (mixed dtypes,
-// float64, random trims, elections by count, more models) goes through blocks that stay in L1: one buffer of terms per
+// writes one. The common case, up to eight models of one dtype trimmed by thresholds or at random, is a single loop that
+// keeps all K terms in registers (common/consensus_wide.h with AVX-512, `fused` below elsewhere): the engine's hot spot.
+// Everything else (mixed dtypes, float64, trims by rank or by window, elections by count, more models) goes through blocks that stay in L1: one buffer of terms per
 // model, then the election over the buffers. Trims by threshold are one or two integer compares (common/keys.h); blocks are
 // cut at the last kept tie of each model, so ties cost nothing. Both paths do the same arithmetic in the same order.
 #include "common/consensus.h"
+#include "common/consensus_wide.h"
 #include "common/export.h"
 #include "common/parallel.h"
 #include "common/stream.h"
@@ -122,30 +123,54 @@ FASTMERGE_FUSED_ALL(f16)
 
 bool is_hot(const Merge& m) {
   const Deltas& d = m.deltas;
-  if (!d.has_base() || d.models.size() > kHotModels || m.elect != Elect::sum || m.out_type != d.base.type || d.f64()) return false;
-  for (std::size_t k = 0; k < d.models.size(); ++k)
-    if (d.models[k].type != d.base.type || m.trims[k].kind != TrimKind::rule || m.trims[k].high.key != kNoneKey) return false;
+  if (!d.has_base() || d.models.size() > kHotModels || m.elect == Elect::count || m.out_type != d.base.type || d.f64()) return false;
+#ifdef FASTMERGE_AVX512
+  const bool wide = has_avx512();
+#else
+  const bool wide = false;
+#endif
+  const TrimKind kind = m.trims[0].kind;
+  if (!wide && (m.elect != Elect::sum || kind != TrimKind::rule)) return false;
+  for (std::size_t k = 0; k < d.models.size(); ++k) {
+    const Trim& t = m.trims[k];
+    if (d.models[k].type != d.base.type || t.kind != kind) return false;
+    if (t.kind == TrimKind::rank || (t.kind == TrimKind::rule && t.high.key != kNoneKey)) return false;
+  }
   return true;
 }
 
 template <class T>
 void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
-  alignas(64) T block[kBlock];
-  const bool stream = m.n * m.out_size() >= kStreamBytes;
+  const bool stream = m.n * m.out_size() >= kStreamBytes, bits = m.trims[0].kind == TrimKind::random;
   T* out = pointer_of<T>(m.out);
-  Hot<T> h;
-  h.scale = static_cast<float>(m.scale);
   const std::size_t models = m.trims.size();
+  alignas(64) T block[kBlock];
+  alignas(64) std::uint64_t words[kHotModels][kBlock / 64 + 8];  // rounded up from kBitWords
+  Hot<T> h{};
+  h.scale = static_cast<float>(m.scale);
+  h.divisor = static_cast<float>(m.divisor);
+  for (std::size_t k = 0; k < models; ++k) {
+    h.coefficient[k] = static_cast<float>(m.trims[k].coefficient);
+    h.weight[k] = static_cast<float>(m.trims[k].weight);
+    h.keep[k] = words[k];
+  }
   for (std::int64_t at = begin, stop; at < end; at = stop) {
     stop = m.cut(at, std::min(end, at + kBlock));
     h.base = pointer_of<T>(m.deltas.base.address) + at;
-    h.out = stream ? block : out + at;
     for (std::size_t k = 0; k < models; ++k) {
       h.model[k] = pointer_of<T>(m.deltas.models[k].address) + at;
-      h.coefficient[k] = static_cast<float>(m.trims[k].coefficient);
-      h.weight[k] = static_cast<float>(m.trims[k].weight);
-      h.bound[k] = bound_at<float>(m.trims[k].low, m.offset + at);
+      if (!bits) h.bound[k] = bound_at<float>(m.trims[k].low, m.offset + at);
     }
+#ifdef FASTMERGE_AVX512
+    if (has_avx512()) {
+      for (std::size_t k = 0; bits && k < models; ++k)
+        random_bits({m.k0, m.k1, static_cast<std::uint32_t>(k)}, m.offset + at, stop - at, m.trims[k].limit, words[k]);
+      h.out = out + at;
+      run_wide(h, static_cast<int>(models), bits, m.elect, m.normalize, stop - at, stream);
+      continue;
+    }
+#endif
+    h.out = stream ? block : out + at;
     run_fused(h, models, m.normalize, stop - at);
     if (stream) stream_out(out + at, block, (stop - at) * static_cast<std::int64_t>(sizeof(T)));
   }

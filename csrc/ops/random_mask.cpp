@@ -7,6 +7,7 @@
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "common/rank.h"
+#include "common/stream.h"
 
 namespace fastmerge {
 namespace {
@@ -15,7 +16,18 @@ void random_mask(std::uintptr_t out, std::int64_t n, std::uint64_t limit, std::u
                  std::uint32_t stream, std::int64_t offset, int threads) {
   std::uint8_t* to = pointer<std::uint8_t>(out);
   const DrawKey key{k0, k1, stream};
+#ifdef FASTMERGE_AVX512
+  const bool wide = has_avx512(), past = n >= kStreamBytes && out % 64 == 0;
+#endif
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+#ifdef FASTMERGE_AVX512
+    for (; wide && begin + kDraws <= end; begin += kDraws) {
+      std::uint64_t bits[kBitWords];
+      random_bits(key, offset + begin, kDraws, limit, bits);
+      detail::bytes_of_bits(bits, kDraws / 64, to + begin, past);
+    }
+    if (past) stream_fence();
+#endif
     for (std::int64_t at = begin; at < end; at += kDraws)
       random_keep(key, offset + at, std::min(kDraws, end - at), limit, to + at);
   });

@@ -1,12 +1,15 @@
 // topk_mask: the mask of the k largest magnitudes, of a whole tensor by its threshold, or of every row.
 //
-// Story: with the threshold known (threshold.cpp) the mask is one integer compare per element, and ties to the lowest index
-// cost nothing: the rule is one compare on either side of the last kept tie, so the block that holds it is cut in two.
+// Story: the pass that looks for the threshold (common/selector.h) knows from a sample what is surely above it, so it
+// writes the mask as it goes, and the few elements inside the bracket are set once the threshold is known: one read of x.
+// Heavy ties need the threshold first; the mask is then one integer compare per element, and ties to the lowest index cost
+// nothing: the rule is one compare on either side of the last kept tie, so the block that holds it is cut in two.
 // A row sits in L1, so its threshold is selected there and its mask written in the same visit.
 #include "common/export.h"
 #include "common/parallel.h"
-#include "common/select.h"
 #include "common/keys.h"
+#include "common/sample.h"
+#include "common/select.h"
 #include "common/stream.h"
 
 namespace fastmerge {
@@ -36,7 +39,7 @@ FM_SIMD void compare(const std::uint64_t* key, std::int64_t t, std::uint8_t* out
 template <class T> struct ComputeOf { using type = float; };
 template <> struct ComputeOf<double> { using type = double; };
 
-void topk_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, std::uint64_t key, std::int64_t index,
+void rule_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, std::uint64_t key, std::int64_t index,
                int threads) {
   const Rule rule{key, index};
   const bool stream = n >= kStreamBytes;
@@ -55,6 +58,13 @@ void topk_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, s
       if (stream) stream_fence();
     });
   });
+}
+
+void topk_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, std::int64_t k, int threads) {
+  const Deltas d = make_deltas(0, 0, {x}, {type});
+  bool marked = false;
+  const Rule rule = (d.f64() ? select_rules<double> : select_rules<float>)(d, n, {{0, k}}, threads, pointer<std::uint8_t>(out), &marked)[0];
+  if (!marked) rule_mask(out, x, type, n, rule.key, rule.index, threads);
 }
 
 // The k first of the largest keys of one row, by descending key, then ascending position.
@@ -96,6 +106,7 @@ void topk_rows(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t rows
 
 FASTMERGE_EXPORT(m) {
   m.def("topk_mask", &topk_mask, NoGil());
+  m.def("rule_mask", &rule_mask, NoGil());
   m.def("topk_rows", &topk_rows, NoGil());
 }
 }  // namespace fastmerge

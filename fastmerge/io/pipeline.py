@@ -50,7 +50,9 @@ class Buffers:
         if held is None or held.numel() < nbytes:
             self._maps.pop(key, None)
             size = -(-nbytes // (1 << 21)) * (1 << 21) if nbytes >= 1 << 21 else nbytes
-            region = mmap.mmap(-1, size)
+            # Private: shared anonymous memory is a file to the kernel, and gets no huge pages.
+            flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            region = mmap.mmap(-1, size, **flags)
             if hasattr(mmap, "MADV_HUGEPAGE") and size >= 1 << 21:
                 region.madvise(mmap.MADV_HUGEPAGE)
             held = torch.frombuffer(region, dtype=torch.uint8)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _native
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -49,7 +51,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def result_like(op: str, like: Tensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
     """The tensor a kernel fills: `out` when given (checked), else a new contiguous one of like's shape."""
     if out is None:
-        return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+        return _native.fresh(like.shape, dtype or like.dtype, like.device)
     require_float(op, out=out)
     if out.shape != like.shape or out.device != like.device:
         raise ValueError(f"{op}: out has shape {tuple(out.shape)} on {out.device}, expected {tuple(like.shape)}")

@@ -54,8 +54,8 @@ def highpass_filter(
 
     A matrix with a NaN or an Inf becomes NaN as a whole; a mask that keeps every bin with gain 1 returns x unchanged.
 
-    Numerics: class B on the CPU (same bits for any batch, thread count or worker count of one build and CPU type),
-    tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
+    Numerics: class B on the CPU (same bits for any batch and number of kernel threads of one build and CPU type; MKL may
+    transform short rows, 64 elements say, otherwise when torch itself is set to one thread), tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
     Cost: one real FFT pair, about 5·HW·log2(HW) flops. CPU workspace, in float32: one panel of the spectrum, plus the
         removed columns where only few columns are touched, plus H·W where `out` is not float32 (README of the op:
         docs/performance.md).
@@ -114,7 +114,7 @@ def _highpass_filter_cpu(
     result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
     if plan is None or not len(plan.columns):
         return result.copy_(x)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else _native.fresh(result.shape, result.dtype)
     height, width = x.shape[-2:]
     rows, filtered = x.reshape(-1, width), dense.view(-1, width)
     group = max(1, _GROUP_BYTES // (len(plan.columns) * height * (16 if x.dtype == torch.float64 else 8)))
@@ -138,7 +138,7 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
     def address(t: Tensor, row: int) -> int:
         return t.data_ptr() + row * t.shape[1] * t.element_size()
 
-    spectrum = torch.empty(rows.shape[0] // height * count, height, dtype=complex_dtype)  # [G C, H]
+    spectrum = _native.fresh((rows.shape[0] // height * count, height), complex_dtype)  # [G C, H]
     for a, b in _blocks(rows.shape[0], row_block):
         block = _accompanied(torch.fft.rfft, rows[a:b].to(compute))  # [b - a, W // 2 + 1]
         getattr(native, f"highpass_gather_{suffix}")(

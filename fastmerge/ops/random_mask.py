@@ -137,7 +137,7 @@ def _random_mask_cpu(
     rescale: str | None = None,
 ) -> Tensor:
     _check(x, density, epsilon, stream, offset, rescale)
-    mask = torch.empty(x.shape, dtype=torch.bool)
+    mask = _native.fresh(x.shape, torch.bool)
     draws_of = (*draw_key(seed, name), stream, offset, _native.threads())
     if epsilon == 0.0 or not 0.0 < density < 1.0 or x.numel() == 0:
         _native.lib().random_mask(mask.data_ptr(), x.numel(), draw_limit(density), *draws_of)

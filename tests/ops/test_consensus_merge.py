@@ -188,3 +188,32 @@ def test_window_that_drops_everything_keeps_nothing(backend):
     base, model = torch.zeros(8), torch.arange(1.0, 9.0)
     got = consensus_merge(base, [model], 1.0, 0.0, trim="window", gamma=1.0, backend=backend)
     assert got.tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("trim", ["topk", "random"])
+def test_register_loops_agree_with_the_reference(dtype, count, trim):
+    """Every number of models of the single loop, odd ends, misaligned outputs and offsets, with and without election."""
+    g = torch.Generator().manual_seed(count)
+    n = 5003
+    base = torch.randn(n, generator=g) * 0.02
+    models = [(base + torch.randn(n, generator=g) * 0.002).to(dtype) for _ in range(count)]
+    base = base.to(dtype)
+    weights = [0.5 - 0.17 * i for i in range(count)]
+    rules = topk_thresholds(base, models, 0.3) if trim == "topk" else None
+    for elect, normalize, offset in (("sum", True, 0), ("sum", False, 8), (None, True, 0), (None, False, 13)):
+        given = None if rules is None else [Threshold(r.key, r.index + offset) for r in rules]
+        kwargs = {
+            "trim": trim,
+            "elect": elect,
+            "normalize": normalize,
+            "thresholds": given,
+            "offset": offset,
+            "scale": 0.7,
+        }
+        want = consensus_merge(base, models, weights, 0.3, backend="reference", **kwargs)
+        room = torch.empty(n + 5, dtype=dtype)
+        for shift in (0, 5):
+            got = consensus_merge(base, models, weights, 0.3, backend="cpu", out=room[shift : shift + n], **kwargs)
+            assert_same_bits(got, want)

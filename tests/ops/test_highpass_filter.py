@@ -1,7 +1,8 @@
 import pytest
 import torch
-from checks import assert_close, check_op
+from checks import assert_close, assert_same_bits, check_op
 
+from fastmerge import _native
 from fastmerge.ops import highpass_filter
 from fastmerge.ops._spectral_mask import spectral_mask
 
@@ -151,3 +152,22 @@ def test_bad_input_is_named(args, kwargs, match, backend):
 
 def test_backends_agree_with_the_reference():
     assert check_op(highpass_filter, backends=["cpu"]) >= 100
+
+
+@pytest.mark.parametrize("shape", [(700, 512), (2, 301, 480), (3, 1117, 24), (40, 33, 64)], ids=str)
+@pytest.mark.parametrize("mode", [("radial", 0.1, False), ("disc_min", 0.7, True), ("disc_max", 0.3, False)], ids=str)
+def test_same_bits_for_any_batch_and_kernel_threads(shape, mode):
+    mask, cutoff, ring = mode
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 1e-3
+
+    def run(t):
+        return highpass_filter(t, cutoff, mask=mask, ring_double=ring, backend="cpu")
+
+    want = run(x)
+    for limit in (1, 2, 3):  # threads also decide how many transforms go into one block
+        with _native.limit_threads(limit):
+            assert_same_bits(run(x), want)
+    matrices = x.reshape(-1, *shape[-2:])
+    alone = torch.stack([run(m) for m in matrices])
+    assert_same_bits(alone, want.reshape(alone.shape))
+    assert_same_bits(run(torch.cat([matrices, matrices]))[len(matrices) :], alone)

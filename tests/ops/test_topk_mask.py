@@ -61,3 +61,27 @@ def test_long_rows_and_streamed_stores():
 def test_bad_input_is_named(args, kwargs, match, backend):
     with pytest.raises((ValueError, TypeError), match=match):
         topk_mask(*args, backend=backend, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_out_is_filled_whatever_the_path_and_its_alignment(dtype, threads):
+    g = torch.Generator().manual_seed(11)
+    for x in (torch.randn(400_003, generator=g), torch.randint(-9, 9, (90_001,), generator=g) / 8):
+        x = x.to(dtype)
+        want = topk_mask(x, 0.2, backend="reference")
+        for shift in (0, 3):
+            room = torch.ones(x.numel() + 8, dtype=torch.bool)
+            out = room[shift : shift + x.numel()]
+            with _native.limit_threads(threads):
+                assert topk_mask(x, 0.2, out=out, backend="cpu") is out
+            assert_same_bits(out, want)
+            assert bool(room[:shift].all())
+            assert bool(room[shift + x.numel() :].all())
+
+
+def test_out_of_the_wrong_kind_is_named():
+    x = torch.zeros(4, 4)
+    for out in (torch.empty(4, 4), torch.empty(4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="out is"):
+            topk_mask(x, 0.5, out=out)
