@@ -1,4 +1,5 @@
-// The extension module fastmerge._C: runs every FASTMERGE_EXPORT of the sources linked into it. Never edited to add an op.
+// The extension module fastmerge._C: runs every FASTMERGE_EXPORT of the sources linked into it. Never edited to add an
+// op.
 #include "common/export.h"
 
 PYBIND11_MODULE(_C, m) {

@@ -1,5 +1,5 @@
-// Where a plain loop can not say it (compress, widening multiply, streaming stores): AVX-512 versions, chosen at run time.
-// Every use has a plain loop beside it that gives the same bits.
+// Where a plain loop can not say it (compress, widening multiply, streaming stores): AVX-512 versions, chosen at run
+// time. Every use has a plain loop beside it that gives the same bits.
 #pragma once
 #include "simd.h"
 

@@ -21,13 +21,27 @@ inline bool any_f64(const std::vector<Dtype>& types) {
 }
 
 namespace detail {
-FM_SIMD inline void widen(const bf16* x, float* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]); }
-FM_SIMD inline void widen(const f16* x, float* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]); }
-FM_SIMD inline void widen(const bf16* x, double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]); }
-FM_SIMD inline void widen(const f16* x, double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]); }
-FM_SIMD inline void widen(const float* x, double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = x[i]; }
-FM_SIMD inline void narrow(const float* x, bf16* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = from_float<bf16>(x[i]); }
-FM_SIMD inline void narrow(const float* x, f16* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = from_float<f16>(x[i]); }
+FM_SIMD inline void widen(const bf16* x, float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+FM_SIMD inline void widen(const f16* x, float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+FM_SIMD inline void widen(const bf16* x, double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+FM_SIMD inline void widen(const f16* x, double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
+}
+FM_SIMD inline void widen(const float* x, double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = x[i];
+}
+FM_SIMD inline void narrow(const float* x, bf16* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = from_float<bf16>(x[i]);
+}
+FM_SIMD inline void narrow(const float* x, f16* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = from_float<f16>(x[i]);
+}
 }  // namespace detail
 
 // Elements [at, at + n) of the array at `address`, as floats: the array itself when it is float, else `buffer`.
@@ -63,17 +77,37 @@ inline void store_block(Dtype t, std::uintptr_t address, std::int64_t at, std::i
   // torch narrows float64 to a 16-bit type through float32 (two roundings), and the reference is torch.
   switch (t) {
     case Dtype::f64: std::memcpy(reinterpret_cast<double*>(address) + at, x, n * sizeof(double)); return;
-    case Dtype::f32: for (std::int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(address)[at + i] = static_cast<float>(x[i]); return;
-    case Dtype::bf16: for (std::int64_t i = 0; i < n; ++i) reinterpret_cast<bf16*>(address)[at + i] = from_float<bf16>(static_cast<float>(x[i])); return;
-    case Dtype::f16: for (std::int64_t i = 0; i < n; ++i) reinterpret_cast<f16*>(address)[at + i] = from_float<f16>(static_cast<float>(x[i])); return;
+    case Dtype::f32:
+      for (std::int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(address)[at + i] = static_cast<float>(x[i]);
+      return;
+    case Dtype::bf16:
+      for (std::int64_t i = 0; i < n; ++i)
+        reinterpret_cast<bf16*>(address)[at + i] = from_float<bf16>(static_cast<float>(x[i]));
+      return;
+    case Dtype::f16:
+      for (std::int64_t i = 0; i < n; ++i)
+        reinterpret_cast<f16*>(address)[at + i] = from_float<f16>(static_cast<float>(x[i]));
+      return;
   }
 }
 
-FM_SIMD inline void divide_block(float* x, float d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] /= d; }
-FM_SIMD inline void divide_block(double* x, double d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] /= d; }
-FM_SIMD inline void scale_block(float* x, float s, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] *= s; }
-FM_SIMD inline void scale_block(double* x, double s, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] *= s; }
-FM_SIMD inline void add_block(float* x, const float* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] = y[i] + x[i]; }
-FM_SIMD inline void add_block(double* x, const double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) x[i] = y[i] + x[i]; }
+FM_SIMD inline void divide_block(float* x, float d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] /= d;
+}
+FM_SIMD inline void divide_block(double* x, double d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] /= d;
+}
+FM_SIMD inline void scale_block(float* x, float s, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] *= s;
+}
+FM_SIMD inline void scale_block(double* x, double s, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] *= s;
+}
+FM_SIMD inline void add_block(float* x, const float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] = y[i] + x[i];
+}
+FM_SIMD inline void add_block(double* x, const double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) x[i] = y[i] + x[i];
+}
 
 }  // namespace fastmerge

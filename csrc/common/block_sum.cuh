@@ -4,7 +4,7 @@
 
 #define FM_SUM_BLOCK 65536
 #define FM_ELEMENTS 16  // of a tile, per thread
-#define FM_ALIGNED 2  // a task's flag: all its addresses are aligned for packs
+#define FM_ALIGNED 2    // a task's flag: all its addresses are aligned for packs
 
 // N elements from index `at` of an array of n, zeros beyond its end, as floats.
 template <class T, int N>

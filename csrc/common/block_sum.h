@@ -1,6 +1,6 @@
 // Sums over blocks of 65536 elements in a fixed order: in tiles of 2048, 64 lanes add every 64th element; the lanes of
-// the tiles are added in order, the lanes of the block in a fixed tree (rounding errors of 32 + 32 + 6 additions). Blocks
-// start at multiples of 65536 of a tensor, so neither threads nor the pieces a caller feeds change a bit.
+// the tiles are added in order, the lanes of the block in a fixed tree (rounding errors of 32 + 32 + 6 additions).
+// Blocks start at multiples of 65536 of a tensor, so neither threads nor the pieces a caller feeds change a bit.
 #pragma once
 #include <algorithm>
 
@@ -17,9 +17,10 @@ FM_INLINE float widened(bf16 x) { return to_float(x); }
 FM_INLINE float widened(f16 x) { return to_float(x); }
 FM_INLINE double widened(double x) { return x; }
 
-// A few lines of what comes next, into L2: a hardware prefetcher restarts at every change of stream, and lines on their way
-// from memory to L1 would keep its few miss registers from the loads of this tile. `ahead` may point past the end: a
-// prefetch never faults. Where there is nothing to fetch it is x itself (an address without a page costs a page walk).
+// A few lines of what comes next, into L2: a hardware prefetcher restarts at every change of stream, and lines on their
+// way from memory to L1 would keep its few miss registers from the loads of this tile. `ahead` may point past the end:
+// a prefetch never faults. Where there is nothing to fetch it is x itself (an address without a page costs a page
+// walk).
 FM_INLINE void prefetch_lines(const void* ahead, std::int64_t at, std::int64_t bytes) {
   for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(ahead) + at + b, 0, 2);
 }
@@ -51,14 +52,32 @@ FM_INLINE void accumulate(const C* g, const T* x, std::int64_t n, const void* ah
 }  // namespace detail
 
 // dot += g·x and square += x·x, lane by lane.
-FM_SIMD inline void add_products(const float* g, const float* x, std::int64_t n, const void* ahead, float* d, float* s) { detail::accumulate(g, x, n, ahead, d, s); }
-FM_SIMD inline void add_products(const float* g, const bf16* x, std::int64_t n, const void* ahead, float* d, float* s) { detail::accumulate(g, x, n, ahead, d, s); }
-FM_SIMD inline void add_products(const float* g, const f16* x, std::int64_t n, const void* ahead, float* d, float* s) { detail::accumulate(g, x, n, ahead, d, s); }
-FM_SIMD inline void add_products(const double* g, const double* x, std::int64_t n, const void* ahead, double* d, double* s) { detail::accumulate(g, x, n, ahead, d, s); }
-FM_SIMD inline void add_products(const float* g, const float* x, std::int64_t n, const void* ahead, float* d) { detail::accumulate(g, x, n, ahead, d); }
-FM_SIMD inline void add_products(const float* g, const bf16* x, std::int64_t n, const void* ahead, float* d) { detail::accumulate(g, x, n, ahead, d); }
-FM_SIMD inline void add_products(const float* g, const f16* x, std::int64_t n, const void* ahead, float* d) { detail::accumulate(g, x, n, ahead, d); }
-FM_SIMD inline void add_products(const double* g, const double* x, std::int64_t n, const void* ahead, double* d) { detail::accumulate(g, x, n, ahead, d); }
+FM_SIMD inline void add_products(const float* g, const float* x, std::int64_t n, const void* ahead, float* d,
+                                 float* s) {
+  detail::accumulate(g, x, n, ahead, d, s);
+}
+FM_SIMD inline void add_products(const float* g, const bf16* x, std::int64_t n, const void* ahead, float* d, float* s) {
+  detail::accumulate(g, x, n, ahead, d, s);
+}
+FM_SIMD inline void add_products(const float* g, const f16* x, std::int64_t n, const void* ahead, float* d, float* s) {
+  detail::accumulate(g, x, n, ahead, d, s);
+}
+FM_SIMD inline void add_products(const double* g, const double* x, std::int64_t n, const void* ahead, double* d,
+                                 double* s) {
+  detail::accumulate(g, x, n, ahead, d, s);
+}
+FM_SIMD inline void add_products(const float* g, const float* x, std::int64_t n, const void* ahead, float* d) {
+  detail::accumulate(g, x, n, ahead, d);
+}
+FM_SIMD inline void add_products(const float* g, const bf16* x, std::int64_t n, const void* ahead, float* d) {
+  detail::accumulate(g, x, n, ahead, d);
+}
+FM_SIMD inline void add_products(const float* g, const f16* x, std::int64_t n, const void* ahead, float* d) {
+  detail::accumulate(g, x, n, ahead, d);
+}
+FM_SIMD inline void add_products(const double* g, const double* x, std::int64_t n, const void* ahead, double* d) {
+  detail::accumulate(g, x, n, ahead, d);
+}
 
 template <class C>
 C add_lanes(const C* lanes) {

@@ -1,4 +1,5 @@
-// What consensus_merge and delta_l1 share: how each model is trimmed, and the keep mask of trims that are not thresholds.
+// What consensus_merge and delta_l1 share: how each model is trimmed, and the keep mask of trims that are not
+// thresholds.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -34,8 +35,15 @@ using TrimArguments = std::tuple<int, std::uint64_t, std::int64_t, std::uint64_t
 
 inline std::vector<Trim> make_trims(const std::vector<TrimArguments>& arguments) {
   std::vector<Trim> out;
-  for (const auto& [kind, low_key, low_index, high_key, high_index, first, span, divisor, weight, coefficient] : arguments)
-    out.push_back({static_cast<TrimKind>(kind), {low_key, low_index}, {high_key, high_index}, first, {first, span, divisor}, weight, coefficient});
+  for (const auto& [kind, low_key, low_index, high_key, high_index, first, span, divisor, weight, coefficient] :
+       arguments)
+    out.push_back({static_cast<TrimKind>(kind),
+                   {low_key, low_index},
+                   {high_key, high_index},
+                   first,
+                   {first, span, divisor},
+                   weight,
+                   coefficient});
   return out;
 }
 
@@ -51,7 +59,9 @@ struct Hot {
 };
 
 template <class T>
-T* pointer_of(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer_of(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 struct Merge {
   Deltas deltas;

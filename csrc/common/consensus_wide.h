@@ -1,8 +1,8 @@
 // The merge loops of consensus_merge in AVX-512 registers: the same arithmetic in the same order as the plain ones.
 //
-// Story: what is trimmed, what agrees and what is summed are mask registers, so an element and model cost one conversion,
-// one difference, one product, two compares and three masked additions. A model's trim is a compare with its bound, or a
-// word of bits for 64 elements (random trims).
+// Story: what is trimmed, what agrees and what is summed are mask registers, so an element and model cost one
+// conversion, one difference, one product, two compares and three masked additions. A model's trim is a compare with
+// its bound, or a word of bits for 64 elements (random trims).
 #pragma once
 #include "consensus.h"
 #include "wide.h"
@@ -17,7 +17,8 @@ FM_WIDE __mmask16 kept16(const std::uint64_t* keep, __m512i bound, __m512 d, std
   return _mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(d), _mm512_set1_epi32(0x7fffffff)), bound);
 }
 
-// What stays the same over a block, in registers: stores through `out` could otherwise change it, for all the compiler knows.
+// What stays the same over a block, in registers: stores through `out` could otherwise change it, for all the compiler
+// knows.
 template <int K, class T>
 struct Held {
   const T* base;
@@ -37,8 +38,8 @@ FM_WIDE __m512 elect16(const Held<K, T>& h, std::int64_t i) {
     u[k] = _mm512_maskz_mul_ps(kept16<kBits>(h.keep[k], h.bound[k], d, i), d, h.coefficient[k]);
     vote = k == 0 ? u[k] : _mm512_add_ps(vote, u[k]);
   }
-  // A term agrees unless, turned to the elected side, it is <= 0; NaN agrees. What is left out would add +0 to a sum that
-  // is never -0, so leaving it out changes nothing.
+  // A term agrees unless, turned to the elected side, it is <= 0; NaN agrees. What is left out would add +0 to a sum
+  // that is never -0, so leaving it out changes nothing.
   const __mmask16 negative = _mm512_cmp_ps_mask(vote, zero, _CMP_NGE_UQ);
   const __m512i flip = _mm512_maskz_set1_epi32(negative, static_cast<int>(0x80000000u));
 #pragma GCC unroll 8
@@ -47,7 +48,8 @@ FM_WIDE __m512 elect16(const Held<K, T>& h, std::int64_t i) {
     const __mmask16 agrees = _mm512_cmp_ps_mask(turned, zero, _CMP_NLE_UQ);
     total = k == 0 ? _mm512_maskz_mov_ps(agrees, u[k]) : _mm512_mask_add_ps(total, agrees, total, u[k]);
     if (kNormalize)
-      divisor = k == 0 ? _mm512_maskz_mov_ps(agrees, h.weight[k]) : _mm512_mask_add_ps(divisor, agrees, divisor, h.weight[k]);
+      divisor =
+          k == 0 ? _mm512_maskz_mov_ps(agrees, h.weight[k]) : _mm512_mask_add_ps(divisor, agrees, divisor, h.weight[k]);
   }
   if (kNormalize) {
     divisor = _mm512_mask_mov_ps(divisor, _mm512_cmp_ps_mask(divisor, zero, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
@@ -106,10 +108,14 @@ FM_AVX512 void sum_wide(const Hot<T>& h, int models, bool divides, std::int64_t 
 template <bool kBits, class T>
 void merge_wide(const Hot<T>& h, int models, Elect elect, bool normalize, std::int64_t n, bool stream) {
   using F = void (*)(const Hot<T>&, std::int64_t, bool);
-  static constexpr F plain[] = {elect_wide<1, false, kBits, T>, elect_wide<2, false, kBits, T>, elect_wide<3, false, kBits, T>, elect_wide<4, false, kBits, T>,
-                                elect_wide<5, false, kBits, T>, elect_wide<6, false, kBits, T>, elect_wide<7, false, kBits, T>, elect_wide<8, false, kBits, T>};
-  static constexpr F divided[] = {elect_wide<1, true, kBits, T>, elect_wide<2, true, kBits, T>, elect_wide<3, true, kBits, T>, elect_wide<4, true, kBits, T>,
-                                  elect_wide<5, true, kBits, T>, elect_wide<6, true, kBits, T>, elect_wide<7, true, kBits, T>, elect_wide<8, true, kBits, T>};
+  static constexpr F plain[] = {elect_wide<1, false, kBits, T>, elect_wide<2, false, kBits, T>,
+                                elect_wide<3, false, kBits, T>, elect_wide<4, false, kBits, T>,
+                                elect_wide<5, false, kBits, T>, elect_wide<6, false, kBits, T>,
+                                elect_wide<7, false, kBits, T>, elect_wide<8, false, kBits, T>};
+  static constexpr F divided[] = {elect_wide<1, true, kBits, T>, elect_wide<2, true, kBits, T>,
+                                  elect_wide<3, true, kBits, T>, elect_wide<4, true, kBits, T>,
+                                  elect_wide<5, true, kBits, T>, elect_wide<6, true, kBits, T>,
+                                  elect_wide<7, true, kBits, T>, elect_wide<8, true, kBits, T>};
   if (elect == Elect::none) sum_wide<kBits>(h, models, normalize, n, stream);
   else (normalize ? divided : plain)[models - 1](h, n, stream);
 }

@@ -1,8 +1,8 @@
 // What every CUDA kernel starts from. One source, three compilers: nvcc (in the wheel), NVRTC (through CuPy; no headers
 // there, so none are included), and g++ with the emulator of tests/kernels, which defines the CUDA words itself.
 //
-// All kernels have one signature, kernel(tasks, first_block, count): `tasks` describes `count` tensors, and tensor i owns
-// the blocks [first_block[i], first_block[i + 1]) of the grid. One launch serves a whole list of tensors, and one
+// All kernels have one signature, kernel(tasks, first_block, count): `tasks` describes `count` tensors, and tensor i
+// owns the blocks [first_block[i], first_block[i + 1]) of the grid. One launch serves a whole list of tensors, and one
 // launcher serves every kernel.
 #pragma once
 
@@ -16,23 +16,37 @@ typedef long long i64;
 
 #ifndef FM_EMULATOR
 #define FM_SHARED __shared__
-#define FM_DYNAMIC_SHARED(T, name) extern __shared__ uint4 fm_shared[]; T* name = (T*)fm_shared
+#define FM_DYNAMIC_SHARED(T, name)     \
+  extern __shared__ uint4 fm_shared[]; \
+  T* name = (T*)fm_shared
 // An entry point: three arguments of 8, 8 and 4 bytes, whatever the kernel.
-#define FM_KERNEL(name, Task, ...)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(FM_THREADS) name(const Task* tasks, const u32* first_block, u32 count) { \
-    __VA_ARGS__(tasks, first_block, count);                                                                          \
+#define FM_KERNEL(name, Task, ...)                                 \
+  extern "C" __global__ void __launch_bounds__(FM_THREADS)         \
+      name(const Task* tasks, const u32* first_block, u32 count) { \
+    __VA_ARGS__(tasks, first_block, count);                        \
   }
 #endif
 
-// Global memory goes through these two, so that the emulator can count bytes and sectors. (Addresses come out of a table,
-// so from sm_100 on the compiler emits generic accesses; assuming __isGlobal would avoid them, but crashes NVRTC 13.0.)
+// Global memory goes through these two, so that the emulator can count bytes and sectors. (Addresses come out of a
+// table, so from sm_100 on the compiler emits generic accesses; assuming __isGlobal would avoid them, but crashes
+// NVRTC 13.0.)
 #ifndef FM_EMULATOR
-template <class T> __device__ __forceinline__ T load(const T* p) { return *p; }
-template <class T> __device__ __forceinline__ void store(T* p, T v) { *p = v; }
+template <class T>
+__device__ __forceinline__ T load(const T* p) {
+  return *p;
+}
+template <class T>
+__device__ __forceinline__ void store(T* p, T v) {
+  *p = v;
+}
 #endif
 
-struct bf16 { u16 bits; };
-struct f16 { u16 bits; };
+struct bf16 {
+  u16 bits;
+};
+struct f16 {
+  u16 bits;
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
@@ -50,16 +64,22 @@ __device__ __forceinline__ float to_float(f16 x) {
 }
 
 // Rounded to nearest even.
-template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
   const u32 u = __float_as_uint(x);
   const u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   bf16 y;
   y.bits = (u16)((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
   return y;
 }
-template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float x) {
   f16 y;
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -76,17 +96,33 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
 }
 
 // BYTES of memory in one access.
-template <int BYTES> struct Words;
-template <> struct Words<16> { typedef uint4 type; };
-template <> struct Words<8> { typedef uint2 type; };
-template <> struct Words<4> { typedef u32 type; };
-template <> struct Words<2> { typedef u16 type; };
+template <int BYTES>
+struct Words;
+template <>
+struct Words<16> {
+  typedef uint4 type;
+};
+template <>
+struct Words<8> {
+  typedef uint2 type;
+};
+template <>
+struct Words<4> {
+  typedef u32 type;
+};
+template <>
+struct Words<2> {
+  typedef u16 type;
+};
 
 // N elements of T that are loaded and stored together.
 template <class T, int N>
 struct Pack {
   typedef typename Words<N * sizeof(T)>::type Word;
-  union { Word word; T item[N]; };
+  union {
+    Word word;
+    T item[N];
+  };
   __device__ __forceinline__ Pack() {}
 };
 template <class T, int N>
@@ -96,10 +132,12 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
   return x;
 }
 template <class T, int N>
-__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& x) { store((typename Pack<T, N>::Word*)p, x.word); }
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& x) {
+  store((typename Pack<T, N>::Word*)p, x.word);
+}
 
-// Finds the task that owns this block (the last i with first_block[i] <= blockIdx.x), puts its descriptor in shared memory
-// once for all threads, and returns the block's number within the task.
+// Finds the task that owns this block (the last i with first_block[i] <= blockIdx.x), puts its descriptor in shared
+// memory once for all threads, and returns the block's number within the task.
 template <class Task>
 __device__ __forceinline__ u32 fetch_task(const Task* tasks, const u32* first_block, u32 count, Task* task) {
   FM_SHARED u32 found[2];
@@ -107,7 +145,8 @@ __device__ __forceinline__ u32 fetch_task(const Task* tasks, const u32* first_bl
     u32 low = 0, high = count;
     while (high - low > 1) {
       const u32 middle = (low + high) / 2;
-      if (load(first_block + middle) <= blockIdx.x) low = middle; else high = middle;
+      if (load(first_block + middle) <= blockIdx.x) low = middle;
+      else high = middle;
     }
     found[0] = low;
     found[1] = blockIdx.x - load(first_block + low);

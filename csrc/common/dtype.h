@@ -15,11 +15,23 @@ enum class Dtype : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
 inline std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
-struct bf16 { std::uint16_t bits; };
-struct f16 { std::uint16_t bits; };
+struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
+  std::uint16_t bits;
+};
 
-FM_INLINE std::uint32_t bits_of(float x) { std::uint32_t u; std::memcpy(&u, &x, 4); return u; }
-FM_INLINE float float_of(std::uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+FM_INLINE std::uint32_t bits_of(float x) {
+  std::uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+FM_INLINE float float_of(std::uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
 
 FM_INLINE float to_float(float x) { return x; }
 FM_INLINE float to_float(bf16 x) { return float_of(static_cast<std::uint32_t>(x.bits) << 16); }
@@ -31,15 +43,21 @@ FM_INLINE float to_float(f16 x) {
   return float_of((magnitude >= 0x7c00u ? special : bits_of(scaled)) | sign);
 }
 
-template <class T> T from_float(float x);
-template <> FM_INLINE float from_float<float>(float x) { return x; }
-template <> FM_INLINE bf16 from_float<bf16>(float x) {
+template <class T>
+T from_float(float x);
+template <>
+FM_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+FM_INLINE bf16 from_float<bf16>(float x) {
   const std::uint32_t u = bits_of(x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const std::uint32_t quiet = (u >> 16) | 0x0040u;
   return {static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
-template <> FM_INLINE f16 from_float<f16>(float x) {
+template <>
+FM_INLINE f16 from_float<f16>(float x) {
   const std::uint32_t u = bits_of(x), a = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
   // Normal range: rebias and round on the integer; a carry into the exponent is the right answer, up to Inf.
   const std::uint32_t normal = (a - 0x38000000u + 0x0fffu + ((a >> 13) & 1u)) >> 13;

@@ -22,7 +22,9 @@ struct Registration {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 template <class T = void>
-T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 }  // namespace fastmerge
 
 #define FASTMERGE_EXPORT(m)                                                        \

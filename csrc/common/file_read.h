@@ -1,5 +1,5 @@
-// Positional reads of whole pieces. What is in the page cache is copied at once; what is not is asked for well ahead, so
-// that a thread waits for the disk once in kAhead bytes, and pays nothing for asking where everything is cached.
+// Positional reads of whole pieces. What is in the page cache is copied at once; what is not is asked for well ahead,
+// so that a thread waits for the disk once in kAhead bytes, and pays nothing for asking where everything is cached.
 #pragma once
 #include <fcntl.h>
 #include <sys/uio.h>

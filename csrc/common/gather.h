@@ -16,17 +16,17 @@ namespace fastmerge {
 
 using Axes = std::vector<std::pair<std::int64_t, std::uintptr_t>>;  // (size, index address or 0), outermost first
 
-constexpr std::int64_t kShortRun = 256;       // bytes: shorter contiguous runs are gathered element by element
-constexpr std::int64_t kStep = 1024;          // elements handed out at a time at most: what is made of them fits L1 too
-constexpr std::int64_t kTileColumns = 256;    // of a step over several rows
+constexpr std::int64_t kShortRun = 256;     // bytes: shorter contiguous runs are gathered element by element
+constexpr std::int64_t kStep = 1024;        // elements handed out at a time at most: what is made of them fits L1 too
+constexpr std::int64_t kTileColumns = 256;  // of a step over several rows
 constexpr std::int64_t kScratchBytes = 1 << 20;  // of rows spread out for tiles; wider rows are gathered one by one
 
 struct Gather {
-  std::vector<std::int64_t> sizes;          // leading dimensions
-  std::vector<const std::int64_t*> index;   // of each, or nullptr
-  std::vector<std::int64_t> strides;        // in elements
-  std::int64_t width = 1;                   // W
-  std::vector<std::int32_t> columns;        // source column of each column; empty: in order
+  std::vector<std::int64_t> sizes;         // leading dimensions
+  std::vector<const std::int64_t*> index;  // of each, or nullptr
+  std::vector<std::int64_t> strides;       // in elements
+  std::int64_t width = 1;                  // W
+  std::vector<std::int32_t> columns;       // source column of each column; empty: in order
 
   // `axes` is what fastmerge/ops/_permutations.py:collapse makes.
   Gather(const Axes& axes, std::int64_t element) {
@@ -41,7 +41,8 @@ struct Gather {
       index.pop_back();
     }
     // Short runs of a permuted axis become permuted columns, while their table stays small beside the tensor.
-    if (!sizes.empty() && index.back() && width * element < kShortRun && sizes.back() * width < (std::int64_t{1} << 31)) {
+    if (!sizes.empty() && index.back() && width * element < kShortRun &&
+        sizes.back() * width < (std::int64_t{1} << 31)) {
       const std::int64_t n = sizes.back(), run = width;
       const std::int64_t* from = index.back();
       columns.resize(n * run);
@@ -92,13 +93,13 @@ inline void gather_columns(std::int64_t size, const void* row, const std::int32_
   }
 }
 
-// Elements [begin, end) of the result in steps that stay within a row: f(at, where they are, how many, a position whose turn
-// comes soon, to prefetch what f itself reads there). While one step is
-// worked on, the source of a later one is fetched: in a row that is read in order the next step, in a permuted one the same
-// columns of the next row, because there the lines of a row are touched in random order and no hardware prefetcher sees a
-// stream.
+// Elements [begin, end) of the result in steps that stay within a row: f(at, where they are, how many, a position whose
+// turn comes soon, to prefetch what f itself reads there). While one step is worked on, the source of a later one is
+// fetched: in a row that is read in order the next step, in a permuted one the same columns of the next row, because
+// there the lines of a row are touched in random order and no hardware prefetcher sees a stream.
 template <class F>
-void walk_rows(const Gather& from, std::uintptr_t in, std::int64_t element, std::int64_t begin, std::int64_t end, const F& f) {
+void walk_rows(const Gather& from, std::uintptr_t in, std::int64_t element, std::int64_t begin, std::int64_t end,
+               const F& f) {
   alignas(64) unsigned char buffer[kStep * sizeof(double)];
   const bool permuted = !from.columns.empty();
   std::int64_t row = begin / from.width, c = begin % from.width;
@@ -167,12 +168,15 @@ template <class F>
 void gather_all(const Gather& from, std::uintptr_t in, std::int64_t element, std::int64_t n, int threads, const F& f) {
 #ifdef FASTMERGE_TILES
   const std::int64_t rows = from.columns.empty() ? 0 : n / from.width, per_tile = 32 / element;
-  if (rows >= 2 * per_tile && element <= 4 && from.width >= per_tile && from.width * 32 <= kScratchBytes && has_avx2()) {
+  if (rows >= 2 * per_tile && element <= 4 && from.width >= per_tile && from.width * 32 <= kScratchBytes &&
+      has_avx2()) {
     const std::int64_t tiles = ceil_div(rows, per_tile);
     const std::int64_t pieces = std::min(std::max<std::int64_t>(1, n / kGrain), std::min<std::int64_t>(threads, tiles));
     parallel_blocks(pieces, threads, [&](std::int64_t p) {
-      const std::int64_t first = tiles * p / pieces * per_tile, last = std::min(rows, tiles * (p + 1) / pieces * per_tile);
-      element == 2 ? walk_tiles<std::uint16_t>(from, in, first, last, f) : walk_tiles<std::uint32_t>(from, in, first, last, f);
+      const std::int64_t first = tiles * p / pieces * per_tile,
+                         last = std::min(rows, tiles * (p + 1) / pieces * per_tile);
+      element == 2 ? walk_tiles<std::uint16_t>(from, in, first, last, f)
+                   : walk_tiles<std::uint32_t>(from, in, first, last, f);
       stream_fence();
     });
     return;

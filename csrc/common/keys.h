@@ -1,5 +1,5 @@
-// Magnitude keys: the bits of |x| as an unsigned integer, every NaN as one key above Inf. Keys order as magnitudes do, so
-// selection compares integers only and all backends agree (fastmerge/ops/threshold.py holds the law).
+// Magnitude keys: the bits of |x| as an unsigned integer, every NaN as one key above Inf. Keys order as magnitudes do,
+// so selection compares integers only and all backends agree (fastmerge/ops/threshold.py holds the law).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,17 +11,22 @@
 
 namespace fastmerge {
 
-template <class C> struct KeyOf;
-template <> struct KeyOf<float> {
+template <class C>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
   using type = std::uint32_t;
   static constexpr type inf = 0x7f800000u, nan = 0x7fc00000u, max = 0x7fffffffu;
 };
-template <> struct KeyOf<double> {
+template <>
+struct KeyOf<double> {
   using type = std::uint64_t;
   static constexpr type inf = 0x7ff0000000000000u, nan = 0x7ff8000000000000u, max = 0x7fffffffffffffffu;
 };
-template <class C> using Key = typename KeyOf<C>::type;
-template <class C> using SignedKey = std::make_signed_t<Key<C>>;
+template <class C>
+using Key = typename KeyOf<C>::type;
+template <class C>
+using SignedKey = std::make_signed_t<Key<C>>;
 
 FM_INLINE std::uint32_t raw_key(float x) { return bits_of(x) & 0x7fffffffu; }
 FM_INLINE std::uint64_t raw_key(double x) {
@@ -57,22 +62,50 @@ inline std::int64_t cut(const Rule& r, std::int64_t at, std::int64_t end) {
 }
 
 namespace detail {
-FM_SIMD inline void delta(const float* x, const float* b, float* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = x[i] - b[i]; }
-FM_SIMD inline void delta(const bf16* x, const float* b, float* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = to_float(x[i]) - b[i]; }
-FM_SIMD inline void delta(const f16* x, const float* b, float* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = to_float(x[i]) - b[i]; }
-FM_SIMD inline void delta(const double* x, const double* b, double* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = x[i] - b[i]; }
+FM_SIMD inline void delta(const float* x, const float* b, float* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = x[i] - b[i];
+}
+FM_SIMD inline void delta(const bf16* x, const float* b, float* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = to_float(x[i]) - b[i];
+}
+FM_SIMD inline void delta(const f16* x, const float* b, float* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = to_float(x[i]) - b[i];
+}
+FM_SIMD inline void delta(const double* x, const double* b, double* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = x[i] - b[i];
+}
 
-FM_SIMD inline void keys(const float* x, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i]); }
-FM_SIMD inline void keys(const bf16* x, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = static_cast<std::uint32_t>(x[i].bits & 0x7fffu) << 16; }
-FM_SIMD inline void keys(const f16* x, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i])); }
-FM_SIMD inline void keys(const double* x, std::uint64_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i]); }
-FM_SIMD inline void delta_keys(const float* x, const float* b, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i] - b[i]); }
-FM_SIMD inline void delta_keys(const bf16* x, const float* b, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i]) - b[i]); }
-FM_SIMD inline void delta_keys(const f16* x, const float* b, std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i]) - b[i]); }
-FM_SIMD inline void delta_keys(const double* x, const double* b, std::uint64_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i] - b[i]); }
+FM_SIMD inline void keys(const float* x, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i]);
+}
+FM_SIMD inline void keys(const bf16* x, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = static_cast<std::uint32_t>(x[i].bits & 0x7fffu) << 16;
+}
+FM_SIMD inline void keys(const f16* x, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i]));
+}
+FM_SIMD inline void keys(const double* x, std::uint64_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i]);
+}
+FM_SIMD inline void delta_keys(const float* x, const float* b, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i] - b[i]);
+}
+FM_SIMD inline void delta_keys(const bf16* x, const float* b, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i]) - b[i]);
+}
+FM_SIMD inline void delta_keys(const f16* x, const float* b, std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(to_float(x[i]) - b[i]);
+}
+FM_SIMD inline void delta_keys(const double* x, const double* b, std::uint64_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = raw_key(x[i] - b[i]);
+}
 
-FM_SIMD inline void canonical(std::uint32_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = k[i] > 0x7f800000u ? 0x7fc00000u : k[i]; }
-FM_SIMD inline void canonical(std::uint64_t* k, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) k[i] = k[i] > 0x7ff0000000000000u ? 0x7ff8000000000000u : k[i]; }
+FM_SIMD inline void canonical(std::uint32_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = k[i] > 0x7f800000u ? 0x7fc00000u : k[i];
+}
+FM_SIMD inline void canonical(std::uint64_t* k, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) k[i] = k[i] > 0x7ff0000000000000u ? 0x7ff8000000000000u : k[i];
+}
 }  // namespace detail
 
 // A tensor as the bindings pass it.

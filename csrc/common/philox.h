@@ -16,10 +16,12 @@ struct DrawKey {
 
 namespace detail {
 // Digit `digit` of elements [8 call, 8 (call + calls)).
-FM_SIMD inline void philox_plain(DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out, std::int64_t calls) {
+FM_SIMD inline void philox_plain(DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out,
+                                 std::int64_t calls) {
   for (std::int64_t i = 0; i < calls; ++i) {
     const std::uint64_t n = call + static_cast<std::uint64_t>(i);
-    std::uint32_t c0 = static_cast<std::uint32_t>(n), c1 = static_cast<std::uint32_t>(n >> 32), c2 = key.stream, c3 = digit;
+    std::uint32_t c0 = static_cast<std::uint32_t>(n), c1 = static_cast<std::uint32_t>(n >> 32), c2 = key.stream,
+                  c3 = digit;
     std::uint32_t k0 = key.k0, k1 = key.k1;
     for (int round = 0; round < 10; ++round) {
       const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0, p1 = std::uint64_t{0xCD9E8D57u} * c2;
@@ -52,24 +54,28 @@ struct RoundKeys {  // in memory, where an instruction takes them from for nothi
   }
 };
 
-// The 64 N digits of calls [call, call + 8 N), in order. Words live in the low halves of 64-bit lanes; the multiplier ignores
-// the high halves, so products need no masking. A round waits for the one before, so N chains run side by side.
+// The 64 N digits of calls [call, call + 8 N), in order. Words live in the low halves of 64-bit lanes; the multiplier
+// ignores the high halves, so products need no masking. A round waits for the one before, so N chains run side by side.
 template <int N>
-FM_AVX512 FM_INLINE void philox_rounds(const RoundKeys& keys, std::uint32_t stream, std::uint64_t call, std::uint32_t digit, __m512i* out) {
-  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57), low = _mm512_set1_epi64(0xffffffff);
+FM_AVX512 FM_INLINE void philox_rounds(const RoundKeys& keys, std::uint32_t stream, std::uint64_t call,
+                                       std::uint32_t digit, __m512i* out) {
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57),
+                low = _mm512_set1_epi64(0xffffffff);
   const __m512i front = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), back = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
   const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   __m512i c0[N], c1[N], c2[N], c3[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
-    c0[j] = _mm512_add_epi64(lane, _mm512_set1_epi64(static_cast<long long>(call + 8u * static_cast<std::uint64_t>(j))));
+    c0[j] =
+        _mm512_add_epi64(lane, _mm512_set1_epi64(static_cast<long long>(call + 8u * static_cast<std::uint64_t>(j))));
     c1[j] = _mm512_srli_epi64(c0[j], 32);
     c2[j] = _mm512_set1_epi64(stream);
     c3[j] = _mm512_set1_epi64(digit);
   }
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const __m512i k0 = _mm512_set1_epi64(static_cast<long long>(keys.k0[round])), k1 = _mm512_set1_epi64(static_cast<long long>(keys.k1[round]));
+    const __m512i k0 = _mm512_set1_epi64(static_cast<long long>(keys.k0[round])),
+                  k1 = _mm512_set1_epi64(static_cast<long long>(keys.k1[round]));
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const __m512i p0 = _mm512_mul_epu32(c0[j], m0), p1 = _mm512_mul_epu32(c2[j], m1);
@@ -88,8 +94,8 @@ FM_AVX512 FM_INLINE void philox_rounds(const RoundKeys& keys, std::uint32_t stre
     out[2 * j + 1] = _mm512_permutex2var_epi64(lo, back, hi);
   }
 }
-FM_AVX512 inline void philox_avx512(
-    DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out, std::int64_t calls) {
+FM_AVX512 inline void philox_avx512(DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out,
+                                    std::int64_t calls) {
   const RoundKeys keys(key);
   for (std::int64_t i = 0; i < calls; i += 8) {
     __m512i digits[2];
@@ -111,8 +117,10 @@ FM_AVX512 inline std::uint64_t philox_bits(DrawKey key, std::uint64_t call, std:
     philox_rounds<kChains>(keys, key.stream, call + 8 * static_cast<std::uint64_t>(i), 0, digits);
 #pragma GCC unroll 4
     for (int j = 0; j < kChains; ++j) {
-      const std::uint64_t a = _mm512_cmplt_epu16_mask(digits[2 * j], limit), b = _mm512_cmplt_epu16_mask(digits[2 * j + 1], limit);
-      const std::uint64_t c = _mm512_cmpeq_epu16_mask(digits[2 * j], limit), d = _mm512_cmpeq_epu16_mask(digits[2 * j + 1], limit);
+      const std::uint64_t a = _mm512_cmplt_epu16_mask(digits[2 * j], limit),
+                          b = _mm512_cmplt_epu16_mask(digits[2 * j + 1], limit);
+      const std::uint64_t c = _mm512_cmpeq_epu16_mask(digits[2 * j], limit),
+                          d = _mm512_cmpeq_epu16_mask(digits[2 * j + 1], limit);
       bits[i + j] = a | b << 32;
       equal[i + j] = c | d << 32;
       any |= equal[i + j];
@@ -133,7 +141,8 @@ FM_AVX512 inline void bytes_of_bits(const std::uint64_t* bits, std::int64_t word
 }
 #endif
 
-inline void philox_digits(DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out, std::int64_t calls) {
+inline void philox_digits(DrawKey key, std::uint64_t call, std::uint32_t digit, std::uint16_t* out,
+                          std::int64_t calls) {
 #ifdef FASTMERGE_AVX512
   const std::int64_t whole = has_avx512() ? calls / 8 * 8 : 0;
   if (whole) philox_avx512(key, call, digit, out, whole);

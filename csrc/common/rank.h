@@ -9,7 +9,8 @@
 
 namespace fastmerge {
 
-// The element of rank r (0 = smallest) is kept when its draw is below first + floor(r * span / divisor), all below 2^32.
+// The element of rank r (0 = smallest) is kept when its draw is below first + floor(r * span / divisor), all below
+// 2^32.
 struct RankLimits {
   std::uint64_t first, span, divisor;
 };

@@ -27,7 +27,8 @@ void draw_sample(Selector<C>& selector, const Deltas& d, std::int64_t n, int thr
   std::uint64_t state = 0x9e3779b97f4a7c15u;  // jitter: a fixed stride would look at the same columns of every row
   for (std::int64_t j = 0; j < spans; ++j) {
     state = state * 6364136223846793005u + 1442695040888963407u;
-    starts.push_back(j * stride + static_cast<std::int64_t>((state >> 33) % static_cast<std::uint64_t>(stride - kSampleSpan + 1)));
+    starts.push_back(j * stride +
+                     static_cast<std::int64_t>((state >> 33) % static_cast<std::uint64_t>(stride - kSampleSpan + 1)));
   }
   std::vector<std::vector<char>> buffers(d.models.size() + 1);
   Deltas small{{d.base.type, 0}, std::vector<Array>(d.models.size())};
@@ -38,10 +39,12 @@ void draw_sample(Selector<C>& selector, const Deltas& d, std::int64_t n, int thr
   selector.sample_spans(small, spans * kSampleSpan, kSampleSpan);
 }
 
-// One rule per target. With `mask` (one target only) the mask of what is kept may be written on the way: *marked says so.
+// One rule per target. With `mask` (one target only) the mask of what is kept may be written on the way: *marked says
+// so.
 template <class C>
-std::vector<Rule> select_rules(const Deltas& d, std::int64_t n, const std::vector<std::pair<std::size_t, std::int64_t>>& targets,
-                               int threads, std::uint8_t* mask = nullptr, bool* marked = nullptr) {
+std::vector<Rule> select_rules(const Deltas& d, std::int64_t n,
+                               const std::vector<std::pair<std::size_t, std::int64_t>>& targets, int threads,
+                               std::uint8_t* mask = nullptr, bool* marked = nullptr) {
   Selector<C> selector(n, targets);
   selector.mark(mask);
   if (n > 1 << 15) draw_sample(selector, d, n, threads);

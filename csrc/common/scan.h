@@ -1,9 +1,9 @@
 // Deltas against a bracket straight from their inputs: what tally.h does with keys, without writing the keys down.
 //
-// Story: the first pass of a selection looks at every element and keeps one in fifty. AVX-512 takes the difference, its key
-// and three compares in registers; which vectors hold a hit is written to a list without a branch, and the list is gone
-// through afterwards, when the inputs are still in L1. On the way the pass can write the mask of what lies above the
-// bracket, so that a top-k mask needs no second look at the data: only the few inside are set later.
+// Story: the first pass of a selection looks at every element and keeps one in fifty. AVX-512 takes the difference, its
+// key and three compares in registers; which vectors hold a hit is written to a list without a branch, and the list is
+// gone through afterwards, when the inputs are still in L1. On the way the pass can write the mask of what lies above
+// the bracket, so that a top-k mask needs no second look at the data: only the few inside are set later.
 #pragma once
 #include "keys.h"
 #include "tally.h"
@@ -19,13 +19,15 @@ FM_WIDE __m512i key16(const T* x, const float* base) {
   return _mm512_and_si512(_mm512_castps_si512(d), _mm512_set1_epi32(0x7fffffff));
 }
 
-// n keys, a multiple of 16 and at most kListed; as collect_avx512, and with kTied counts the keys equal to the bracket's
-// ends. mark: 0/1 bytes of key > hi, or null; `stream` needs it aligned to 64 bytes. NaN keys are raw: hi is below Inf.
+// n keys, a multiple of 16 and at most kListed; as collect_avx512, and with kTied counts the keys equal to the
+// bracket's ends. mark: 0/1 bytes of key > hi, or null; `stream` needs it aligned to 64 bytes. NaN keys are raw: hi is
+// below Inf.
 template <class T, bool kBase, bool kTied, bool kMark>
-FM_AVX512 inline std::int64_t scan_listed(
-    const T* x, const float* base, std::int64_t n, const Bracket<std::uint32_t>& b, std::uint32_t at, std::uint32_t* out,
-    std::uint32_t* where, Counts& counts, std::uint8_t* mark, bool stream) {
-  const __m512i from = _mm512_set1_epi32(static_cast<int>(b.first)), width = _mm512_set1_epi32(static_cast<int>(b.count));
+FM_AVX512 inline std::int64_t scan_listed(const T* x, const float* base, std::int64_t n,
+                                          const Bracket<std::uint32_t>& b, std::uint32_t at, std::uint32_t* out,
+                                          std::uint32_t* where, Counts& counts, std::uint8_t* mark, bool stream) {
+  const __m512i from = _mm512_set1_epi32(static_cast<int>(b.first)),
+                width = _mm512_set1_epi32(static_cast<int>(b.count));
   const __m512i top = _mm512_set1_epi32(static_cast<int>(b.hi)), bottom = _mm512_set1_epi32(static_cast<int>(b.lo));
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   std::uint16_t hits[kListed / 16], vectors[kListed / 16];
@@ -59,7 +61,8 @@ FM_AVX512 inline std::int64_t scan_listed(
   for (; i < n; i += 16) {
     const std::uint64_t larger = look(i);
     above += __builtin_popcountll(larger);
-    if (kMark) _mm_storeu_si128(reinterpret_cast<__m128i*>(mark + i), _mm_maskz_set1_epi8(static_cast<__mmask16>(larger), 1));
+    if (kMark)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(mark + i), _mm_maskz_set1_epi8(static_cast<__mmask16>(larger), 1));
   }
   counts.above += above;
   counts.equal_hi += equal_hi;
@@ -76,13 +79,17 @@ FM_AVX512 inline std::int64_t scan_listed(
   return c;
 }
 
-// The same for any n up to kListed: the last vector is padded with zeros, which a bracket that surely lies above 0 ignores.
+// The same for any n up to kListed: the last vector is padded with zeros, which a bracket that surely lies above 0
+// ignores.
 template <class T, bool kBase>
 std::int64_t scan(const T* x, const float* base, std::int64_t n, const Bracket<std::uint32_t>& b, std::uint32_t at,
                   std::uint32_t* out, std::uint32_t* where, Counts& counts, std::uint8_t* mark, bool stream) {
-  const auto run = [&](const T* from, const float* origin, std::int64_t m, std::uint32_t first, std::int64_t c, std::uint8_t* to) {
-    if (to) return scan_listed<T, kBase, false, true>(from, origin, m, b, first, out + c, where + c, counts, to, stream);
-    if (b.tied) return scan_listed<T, kBase, true, false>(from, origin, m, b, first, out + c, where + c, counts, to, stream);
+  const auto run = [&](const T* from, const float* origin, std::int64_t m, std::uint32_t first, std::int64_t c,
+                       std::uint8_t* to) {
+    if (to)
+      return scan_listed<T, kBase, false, true>(from, origin, m, b, first, out + c, where + c, counts, to, stream);
+    if (b.tied)
+      return scan_listed<T, kBase, true, false>(from, origin, m, b, first, out + c, where + c, counts, to, stream);
     return scan_listed<T, kBase, false, false>(from, origin, m, b, first, out + c, where + c, counts, to, stream);
   };
   const std::int64_t whole = n / 16 * 16;

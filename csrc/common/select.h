@@ -15,7 +15,8 @@
 
 namespace fastmerge {
 
-// Memory of finished selections, kept for the next one: first touch of fresh pages costs more than what is written there.
+// Memory of finished selections, kept for the next one: first touch of fresh pages costs more than what is written
+// there.
 class Spares {
  public:
   // At least `bytes` (updated to what it is).
@@ -150,7 +151,8 @@ K select_largest(const std::vector<KeyPiece<K>>& pieces, std::int64_t r) {
     const double q = static_cast<double>(r) / static_cast<double>(n);
     const auto reach = static_cast<std::int64_t>(4.0 * std::sqrt(s * q * (1.0 - q))) + 4;
     K lo, hi;
-    bracket_ranks(sample.data(), s, static_cast<std::int64_t>(q * s), reach, static_cast<K>(static_cast<K>(-1) >> 1), &lo, &hi);
+    bracket_ranks(sample.data(), s, static_cast<std::int64_t>(q * s), reach, static_cast<K>(static_cast<K>(-1) >> 1),
+                  &lo, &hi);
     Buffer<std::uint32_t> where;
     std::int64_t above = 0, count = 0;
     for (const auto& p : pieces)
@@ -158,7 +160,8 @@ K select_largest(const std::vector<KeyPiece<K>>& pieces, std::int64_t r) {
         const std::int64_t m = std::min<std::int64_t>(2048, p.n - at);
         inside.reserve(count + m + kSlack);
         where.reserve(m + kSlack);
-        count += collect(p.key + at, m, lo, static_cast<K>(hi - lo + 1), 0, inside.data() + count, where.data(), hi, above);
+        count +=
+            collect(p.key + at, m, lo, static_cast<K>(hi - lo + 1), 0, inside.data() + count, where.data(), hi, above);
       }
     if (r >= above && r < above + count) {
       if (lo == hi) return lo;

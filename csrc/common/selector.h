@@ -1,11 +1,11 @@
 // Exact k-th magnitudes of K deltas over a tensor that is fed in pieces.
 //
-// Story: a sample gives each target (a model and its k) a bracket of keys that surely holds the k-th; one pass counts what
-// lies above and collects what lies inside, about 2 % of the elements; a selection among those gives the key, and the
-// position of the last tie that is kept. Two things can upset that. Heavy ties (bfloat16 deltas have few distinct values)
-// would flood the bracket: then its two ends are counted per piece instead of collected, and one piece is looked at again.
-// And a sample can mislead: then two (float64: four) histogram passes over 16-bit digits find the key exactly.
-// Pieces may come in any order and of any size; the answer depends on the data alone.
+// Story: a sample gives each target (a model and its k) a bracket of keys that surely holds the k-th; one pass counts
+// what lies above and collects what lies inside, about 2 % of the elements; a selection among those gives the key, and
+// the position of the last tie that is kept. Two things can upset that. Heavy ties (bfloat16 deltas have few distinct
+// values) would flood the bracket: then its two ends are counted per piece instead of collected, and one piece is
+// looked at again. And a sample can mislead: then two (float64: four) histogram passes over 16-bit digits find the key
+// exactly. Pieces may come in any order and of any size; the answer depends on the data alone.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -93,8 +93,8 @@ class Selector final : public SelectorBase {
     samples_.resize(models_);
   }
 
-  // With one target: the pass over the data also writes the mask of the elements kept, n bytes. It is whole when marked()
-  // says so at the end; heavy ties and sorry samples take other passes, which write nothing.
+  // With one target: the pass over the data also writes the mask of the elements kept, n bytes. It is whole when
+  // marked() says so at the end; heavy ties and sorry samples take other passes, which write nothing.
   void mark(std::uint8_t* mask) { mask_ = mask; }
   bool marked() const { return mask_ && targets_.size() == 1 && targets_[0].marked; }
 
@@ -123,7 +123,8 @@ class Selector final : public SelectorBase {
 
   void feed(const Deltas& d, std::int64_t offset, std::int64_t n, int threads) override {
     check(d);
-    if (offset < 0 || n < 0 || offset + n > n_) throw std::invalid_argument("selector: a piece lies outside the tensor");
+    if (offset < 0 || n < 0 || offset + n > n_)
+      throw std::invalid_argument("selector: a piece lies outside the tensor");
     fed_ += n;
     const std::int64_t blocks = ceil_div(n, kBlock);
     const std::int64_t runs = std::min<std::int64_t>(std::max(threads, 1), std::max<std::int64_t>(1, n / kGrain));
@@ -140,12 +141,14 @@ class Selector final : public SelectorBase {
   // What has to be fed before the next call; nothing when all thresholds are known.
   std::vector<Span> advance(int threads) override {
     if (fed_ != expected_)
-      throw std::invalid_argument("selector: " + std::to_string(fed_) + " elements were fed, " + std::to_string(expected_) + " were asked for");
+      throw std::invalid_argument("selector: " + std::to_string(fed_) + " elements were fed, " +
+                                  std::to_string(expected_) + " were asked for");
     parallel_blocks(static_cast<std::int64_t>(targets_.size()), threads, [&](std::int64_t t) { step(targets_[t]); });
     for (auto& t : targets_) {
       if (mask_ && t.marked) {
         auto& runs = t.runs;
-        parallel_blocks(static_cast<std::int64_t>(runs.size()), threads, [&](std::int64_t r) { mark_candidates(t, runs[r]); });
+        parallel_blocks(static_cast<std::int64_t>(runs.size()), threads,
+                        [&](std::int64_t r) { mark_candidates(t, runs[r]); });
       }
       for (auto& run : t.runs) run.clear();
     }
@@ -185,7 +188,9 @@ class Selector final : public SelectorBase {
     for (const auto& s : spans) expected_ += s.stop - s.start;
     return spans;
   }
-  std::int64_t limit() const { return std::max<std::int64_t>(1 << 17, std::min(n_ / 8, (std::int64_t{1} << 22) + n_ / 64)); }
+  std::int64_t limit() const {
+    return std::max<std::int64_t>(1 << 17, std::min(n_ / 8, (std::int64_t{1} << 22) + n_ / 64));
+  }
 
   void feed_run(const Deltas& d, std::int64_t offset, std::int64_t begin, std::int64_t end, std::size_t r) {
     alignas(64) C base[kBlock];
@@ -201,7 +206,8 @@ class Selector final : public SelectorBase {
       Run& run = t.runs[r];
       if (t.phase == Phase::bracket) {
         run.segments.push_back({run.size, offset + begin});
-        if (!run.overflow) run.reserve(run.size + static_cast<std::int64_t>(t.share * static_cast<double>(end - begin)) + kBlock);
+        if (!run.overflow)
+          run.reserve(run.size + static_cast<std::int64_t>(t.share * static_cast<double>(end - begin)) + kBlock);
         if (t.bracket.tied) run.ties.push_back({offset + begin, offset + begin, 0, 0});
       }
       if (t.phase == Phase::digits) run.histogram.resize(kHistogram);
@@ -215,12 +221,14 @@ class Selector final : public SelectorBase {
         if (b && base_bytes > 0) {
           const char* next = reinterpret_cast<const char*>(d.base.address) + (at + kBlock) * base_bytes;
           const std::int64_t bytes = kBlock * base_bytes, share = static_cast<std::int64_t>(models_);
-          for (std::int64_t c = bytes * static_cast<std::int64_t>(k) / share; c < bytes * static_cast<std::int64_t>(k + 1) / share; c += 64)
+          for (std::int64_t c = bytes * static_cast<std::int64_t>(k) / share;
+               c < bytes * static_cast<std::int64_t>(k + 1) / share; c += 64)
             __builtin_prefetch(next + c);
         }
         bool keyed = false;
         for (auto& t : targets_) {
-          if (t.model != k || t.phase == Phase::done || scanned(t, d, b, at, m, t.runs[r], offset + at, at - begin)) continue;
+          if (t.model != k || t.phase == Phase::done || scanned(t, d, b, at, m, t.runs[r], offset + at, at - begin))
+            continue;
           if (!keyed) {
             d.keys<C>(k, b, at, m, key);
             if (canonical) detail::canonical(key, m);
@@ -234,8 +242,8 @@ class Selector final : public SelectorBase {
   }
 
   // The tally of a bracket in one go from the inputs, where that is possible; otherwise false and nothing done.
-  bool scanned(const Target& t, const Deltas& d, const C* b, std::int64_t at, std::int64_t m, Run& run, std::int64_t position,
-               std::int64_t local) const {
+  bool scanned(const Target& t, const Deltas& d, const C* b, std::int64_t at, std::int64_t m, Run& run,
+               std::int64_t position, std::int64_t local) const {
 #ifdef FASTMERGE_AVX512
     if constexpr (std::is_same_v<C, float>) {
       if (!direct(t)) return false;
@@ -248,9 +256,10 @@ class Selector final : public SelectorBase {
         using T = decltype(zero);
         if constexpr (!std::is_same_v<T, double>) {
           const T* x = reinterpret_cast<const T*>(d.models[t.model].address) + at;
-          run.size += (b ? detail::scan<T, true> : detail::scan<T, false>)(
-              x, b, m, t.bracket, static_cast<std::uint32_t>(local), run.key.data() + run.size, run.where.data() + run.size,
-              found, mark, stream);
+          run.size +=
+              (b ? detail::scan<T, true>
+                 : detail::scan<T, false>)(x, b, m, t.bracket, static_cast<std::uint32_t>(local),
+                                           run.key.data() + run.size, run.where.data() + run.size, found, mark, stream);
         }
       });
       run.counts.above += found.above;
@@ -266,7 +275,8 @@ class Selector final : public SelectorBase {
   // Whether zeros lie below the bracket and every NaN above it, so that neither needs care.
   bool direct(const Target& t) const {
 #ifdef FASTMERGE_AVX512
-    return std::is_same_v<C, float> && has_avx512() && t.phase == Phase::bracket && t.bracket.lo > 0 && t.bracket.hi < KeyOf<C>::inf;
+    return std::is_same_v<C, float> && has_avx512() && t.phase == Phase::bracket && t.bracket.lo > 0 &&
+           t.bracket.hi < KeyOf<C>::inf;
 #else
     (void)t;
     return false;
@@ -287,7 +297,9 @@ class Selector final : public SelectorBase {
     const Bracket<K>& b = t.bracket;
     switch (t.phase) {
       case Phase::bracket:
-        if (b.tied) count_ties(run, position, m, {0, detail::count_equal(key, m, b.hi), b.lo != b.hi ? detail::count_equal(key, m, b.lo) : 0});
+        if (b.tied)
+          count_ties(run, position, m,
+                     {0, detail::count_equal(key, m, b.hi), b.lo != b.hi ? detail::count_equal(key, m, b.lo) : 0});
         if (b.count && !run.overflow) {
           run.reserve(run.size + m);
           run.size += collect(key, m, b.first, b.count, static_cast<std::uint32_t>(local), run.key.data() + run.size,
@@ -305,7 +317,8 @@ class Selector final : public SelectorBase {
         break;
       }
       case Phase::locate:
-        for (std::int64_t i = std::max<std::int64_t>(0, t.span.start - position); i < std::min(m, t.span.stop - position); ++i)
+        for (std::int64_t i = std::max<std::int64_t>(0, t.span.start - position);
+             i < std::min(m, t.span.stop - position); ++i)
           if (key[i] == t.key) run.found.push_back(position + i);
         break;
       default: break;
@@ -424,8 +437,8 @@ class Selector final : public SelectorBase {
     find_candidate(t);
   }
 
-  // The need-th candidate equal to key in order of position; need still counts the candidates above key. Stretches of one
-  // segment are in order and apart from all others, so counting them finds the one stretch to look into.
+  // The need-th candidate equal to key in order of position; need still counts the candidates above key. Stretches of
+  // one segment are in order and apart from all others, so counting them finds the one stretch to look into.
   void find_candidate(Target& t) {
     struct Stretch {
       std::int64_t position, ties, n;
@@ -445,7 +458,8 @@ class Selector final : public SelectorBase {
         }
       }
     }
-    std::sort(stretches.begin(), stretches.end(), [](const Stretch& a, const Stretch& b) { return a.position < b.position; });
+    std::sort(stretches.begin(), stretches.end(),
+              [](const Stretch& a, const Stretch& b) { return a.position < b.position; });
     for (const auto& s : stretches) {
       if (t.need > s.ties) {
         t.need -= s.ties;
@@ -483,7 +497,8 @@ class Selector final : public SelectorBase {
   }
 
   void settle(Target& t, std::vector<std::int64_t>& found) {
-    if (t.need < 1 || t.need > static_cast<std::int64_t>(found.size())) throw std::logic_error("selector: a tie was lost");
+    if (t.need < 1 || t.need > static_cast<std::int64_t>(found.size()))
+      throw std::logic_error("selector: a tie was lost");
     std::nth_element(found.begin(), found.begin() + (t.need - 1), found.end());
     t.result = {static_cast<std::uint64_t>(t.key), found[t.need - 1]};
     t.phase = Phase::done;

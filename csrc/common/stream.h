@@ -17,7 +17,8 @@ constexpr std::int64_t kStreamBytes = 8 << 20;  // below this the result is like
 // Whole cache lines, one store each; returns the bytes done. `to` is aligned to 64.
 FM_AVX512 inline std::int64_t stream_lines(unsigned char* to, const unsigned char* from, std::int64_t bytes) {
   std::int64_t i = 0;
-  for (; i + 64 <= bytes; i += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  for (; i + 64 <= bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
   return i;
 }
 #endif

@@ -1,8 +1,8 @@
 // Counting and collecting keys against a bracket: the inner loops of selection.
 //
-// Story: a selection knows from a sample that its key lies in [lo, hi]. One pass counts the keys above hi and writes out the
-// few inside with their positions; a selection among those few decides later. AVX-512 writes a vector's hits with one
-// compress; elsewhere a vectorised count tells which groups of 64 hold any, and only those are walked.
+// Story: a selection knows from a sample that its key lies in [lo, hi]. One pass counts the keys above hi and writes
+// out the few inside with their positions; a selection among those few decides later. AVX-512 writes a vector's hits
+// with one compress; elsewhere a vectorised count tells which groups of 64 hold any, and only those are walked.
 #pragma once
 #include <cstdint>
 
@@ -42,19 +42,22 @@ FM_SIMD inline std::int64_t count_equal(const std::uint64_t* key, std::int64_t n
   for (std::int64_t i = 0; i < n; ++i) c += key[i] == t;
   return c;
 }
-FM_SIMD inline std::int64_t count_inside(const std::uint32_t* key, std::int64_t n, std::uint32_t first, std::uint32_t count) {
+FM_SIMD inline std::int64_t count_inside(const std::uint32_t* key, std::int64_t n, std::uint32_t first,
+                                         std::uint32_t count) {
   std::int32_t c = 0;
   for (std::int64_t i = 0; i < n; ++i) c += key[i] - first < count;
   return c;
 }
-FM_SIMD inline std::int64_t count_inside(const std::uint64_t* key, std::int64_t n, std::uint64_t first, std::uint64_t count) {
+FM_SIMD inline std::int64_t count_inside(const std::uint64_t* key, std::int64_t n, std::uint64_t first,
+                                         std::uint64_t count) {
   std::int64_t c = 0;
   for (std::int64_t i = 0; i < n; ++i) c += key[i] - first < count;
   return c;
 }
 
 template <class K>
-std::int64_t collect_plain(const K* key, std::int64_t n, K first, K count, std::uint32_t at, K* out, std::uint32_t* where) {
+std::int64_t collect_plain(const K* key, std::int64_t n, K first, K count, std::uint32_t at, K* out,
+                           std::uint32_t* where) {
   std::int64_t c = 0;
   for (std::int64_t g = 0; g < n; g += 64) {
     const std::int64_t m = n - g < 64 ? n - g : 64;
@@ -72,9 +75,9 @@ std::int64_t collect_plain(const K* key, std::int64_t n, K first, K count, std::
 constexpr std::int64_t kListed = 2048;  // keys looked at before the vectors with hits are gone through
 
 // Which vectors hold a hit is data: it is written to a list without a branch, and the list is gone through afterwards.
-FM_AVX512 inline std::int64_t collect_avx512(
-    const std::uint32_t* key, std::int64_t n, std::uint32_t first, std::uint32_t count, std::uint32_t at,
-    std::uint32_t* out, std::uint32_t* where, std::uint32_t hi, std::int64_t& above) {
+FM_AVX512 inline std::int64_t collect_avx512(const std::uint32_t* key, std::int64_t n, std::uint32_t first,
+                                             std::uint32_t count, std::uint32_t at, std::uint32_t* out,
+                                             std::uint32_t* where, std::uint32_t hi, std::int64_t& above) {
   const __m512i from = _mm512_set1_epi32(static_cast<int>(first)), width = _mm512_set1_epi32(static_cast<int>(count));
   const __m512i top = _mm512_set1_epi32(static_cast<int>(hi)), one = _mm512_set1_epi32(1);
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -118,8 +121,8 @@ FM_AVX512 inline std::int64_t collect_avx512(
 
 constexpr std::int64_t kSlack = 16;  // entries that collect may write past the ones it counts
 
-// Appends the keys inside to out, their positions at + i to where (both have room for n + kSlack), adds the number of keys
-// greater than `hi` to above; returns how many were appended.
+// Appends the keys inside to out, their positions at + i to where (both have room for n + kSlack), adds the number of
+// keys greater than `hi` to above; returns how many were appended.
 inline std::int64_t collect(const std::uint32_t* key, std::int64_t n, std::uint32_t first, std::uint32_t count,
                             std::uint32_t at, std::uint32_t* out, std::uint32_t* where, std::uint32_t hi,
                             std::int64_t& above) {

@@ -1,6 +1,6 @@
-// Permuted columns, several rows at a time: the rows are transposed into a scratch that stays in L2, where a column is one
-// 32-byte vector; a permuted block is then those vectors in another order, transposed back. About half an instruction per
-// element instead of the three (index, element, store) that picking elements one by one takes.
+// Permuted columns, several rows at a time: the rows are transposed into a scratch that stays in L2, where a column is
+// one 32-byte vector; a permuted block is then those vectors in another order, transposed back. About half an
+// instruction per element instead of the three (index, element, store) that picking elements one by one takes.
 #pragma once
 #include <cstdint>
 
@@ -98,7 +98,8 @@ FM_AVX2 void spread_rows(const Word* const* row, std::int64_t width, Word* scrat
 
 // to[i * stride + k] = column columns[k] of row i, k in [0, n), from what spread_rows made.
 template <class Word>
-FM_AVX2 void collect_columns(const Word* scratch, const std::int32_t* columns, std::int64_t n, Word* to, std::int64_t stride) {
+FM_AVX2 void collect_columns(const Word* scratch, const std::int32_t* columns, std::int64_t n, Word* to,
+                             std::int64_t stride) {
   constexpr std::int64_t R = kTileRows<Word>;
   const Word* from[R];
   std::int64_t k = 0;

@@ -1,8 +1,8 @@
 // abs_sum: sums of |model - base| over blocks of 65536 elements, in float64.
 //
 // Story: the pass is bound by reading, so the only care is a fixed order: 16 lanes per block of 2048 elements, lane j
-// taking the elements j, j + 16, ...; the lanes are added to the block's total in order. No vector width changes that. With
-// AVX-512 up to four models pass at once, so that their streams advance together and their additions overlap.
+// taking the elements j, j + 16, ...; the lanes are added to the block's total in order. No vector width changes that.
+// With AVX-512 up to four models pass at once, so that their streams advance together and their additions overlap.
 #include <cmath>
 
 #include "common/block.h"
@@ -73,8 +73,8 @@ void lanes_wide(const std::uintptr_t* in, const Dtype* type, bool has_base, std:
 }
 
 // A block of kSum elements (whole tiles of kBlock) of all models.
-void block_wide(double* out, std::int64_t stride, const std::vector<std::uintptr_t>& in, const std::vector<Dtype>& types,
-                std::int64_t begin, std::int64_t end, bool has_base) {
+void block_wide(double* out, std::int64_t stride, const std::vector<std::uintptr_t>& in,
+                const std::vector<Dtype>& types, std::int64_t begin, std::int64_t end, bool has_base) {
   const std::int64_t models = static_cast<std::int64_t>(in.size()) - has_base;
   for (std::int64_t at = begin; at < end; at += kBlock)
     for (std::int64_t k = 0; k < models; k += kTogether) {
@@ -82,7 +82,8 @@ void block_wide(double* out, std::int64_t stride, const std::vector<std::uintptr
       double lane[kTogether * kLanes];
       const std::uintptr_t* x = in.data() + has_base + k;
       const Dtype* t = types.data() + has_base + k;
-      using F = void (*)(const std::uintptr_t*, const Dtype*, bool, std::uintptr_t, Dtype, std::int64_t, std::int64_t, double*);
+      using F = void (*)(const std::uintptr_t*, const Dtype*, bool, std::uintptr_t, Dtype, std::int64_t, std::int64_t,
+                         double*);
       static constexpr F each[] = {lanes_wide<1>, lanes_wide<2>, lanes_wide<3>, lanes_wide<4>};
       each[count - 1](x, t, has_base, in[0], types[0], at, kBlock, lane);
       for (std::int64_t c = 0; c < count; ++c)

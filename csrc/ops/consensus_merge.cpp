@@ -1,11 +1,12 @@
 // consensus_merge: trim K deltas, elect a sign per element, add those that agree to the base.
 //
-// Story: once thresholds are known everything is elementwise, so the whole merge is one pass that reads K + 1 streams and
-// writes one. The common case, up to eight models of one dtype trimmed by thresholds or at random, is a single loop that
-// keeps all K terms in registers (common/consensus_wide.h with AVX-512, `fused` below elsewhere): the engine's hot spot.
-// Everything else (mixed dtypes, float64, trims by rank or by window, elections by count, more models) goes through blocks that stay in L1: one buffer of terms per
-// model, then the election over the buffers. Trims by threshold are one or two integer compares (common/keys.h); blocks are
-// cut at the last kept tie of each model, so ties cost nothing. Both paths do the same arithmetic in the same order.
+// Story: once thresholds are known everything is elementwise, so the whole merge is one pass that reads K + 1 streams
+// and writes one. The common case, up to eight models of one dtype trimmed by thresholds or at random, is a single loop
+// that keeps all K terms in registers (common/consensus_wide.h with AVX-512, `fused` below elsewhere): the engine's hot
+// spot. Everything else (mixed dtypes, float64, trims by rank or by window, elections by count, more models) goes
+// through blocks that stay in L1: one buffer of terms per model, then the election over the buffers. Trims by threshold
+// are one or two integer compares (common/keys.h); blocks are cut at the last kept tie of each model, so ties cost
+// nothing. Both paths do the same arithmetic in the same order.
 #include "common/consensus.h"
 #include "common/consensus_wide.h"
 #include "common/export.h"
@@ -15,8 +16,12 @@
 namespace fastmerge {
 namespace {
 
-FM_SIMD void term_all(const float* d, float c, float* u, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) u[i] = d[i] * c; }
-FM_SIMD void term_all(const double* d, double c, double* u, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) u[i] = d[i] * c; }
+FM_SIMD void term_all(const float* d, float c, float* u, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) u[i] = d[i] * c;
+}
+FM_SIMD void term_all(const double* d, double c, double* u, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) u[i] = d[i] * c;
+}
 FM_SIMD void term_rule(const float* d, float c, std::int32_t lo, std::int32_t hi, float* u, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const auto key = static_cast<std::int32_t>(raw_key(d[i]));
@@ -29,16 +34,23 @@ FM_SIMD void term_rule(const double* d, double c, std::int64_t lo, std::int64_t 
     u[i] = (key > lo) & (key <= hi) ? d[i] * c : 0.0;
   }
 }
-FM_SIMD void term_mask(const float* d, float c, const std::uint8_t* keep, float* u, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) u[i] = keep[i] ? d[i] * c : 0.0f; }
-FM_SIMD void term_mask(const double* d, double c, const std::uint8_t* keep, double* u, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) u[i] = keep[i] ? d[i] * c : 0.0; }
+FM_SIMD void term_mask(const float* d, float c, const std::uint8_t* keep, float* u, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) u[i] = keep[i] ? d[i] * c : 0.0f;
+}
+FM_SIMD void term_mask(const double* d, double c, const std::uint8_t* keep, double* u, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) u[i] = keep[i] ? d[i] * c : 0.0;
+}
 
 FM_SIMD void count_votes(const float* u, float* vote, bool first, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) vote[i] = (first ? 0.0f : vote[i]) + (static_cast<float>(u[i] > 0.0f) - static_cast<float>(u[i] < 0.0f));
+  for (std::int64_t i = 0; i < n; ++i)
+    vote[i] = (first ? 0.0f : vote[i]) + (static_cast<float>(u[i] > 0.0f) - static_cast<float>(u[i] < 0.0f));
 }
 FM_SIMD void count_votes(const double* u, double* vote, bool first, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) vote[i] = (first ? 0.0 : vote[i]) + (static_cast<double>(u[i] > 0.0) - static_cast<double>(u[i] < 0.0));
+  for (std::int64_t i = 0; i < n; ++i)
+    vote[i] = (first ? 0.0 : vote[i]) + (static_cast<double>(u[i] > 0.0) - static_cast<double>(u[i] < 0.0));
 }
-FM_SIMD void join(const float* u, const float* vote, float w, float* total, float* divisor, bool first, std::int64_t n) {
+FM_SIMD void join(const float* u, const float* vote, float w, float* total, float* divisor, bool first,
+                  std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const bool agrees = vote[i] >= 0.0f ? !(u[i] <= 0.0f) : !(u[i] >= 0.0f);
     const float part = agrees ? u[i] : 0.0f, share = agrees ? w : 0.0f;
@@ -46,7 +58,8 @@ FM_SIMD void join(const float* u, const float* vote, float w, float* total, floa
     divisor[i] = first ? share : divisor[i] + share;
   }
 }
-FM_SIMD void join(const double* u, const double* vote, double w, double* total, double* divisor, bool first, std::int64_t n) {
+FM_SIMD void join(const double* u, const double* vote, double w, double* total, double* divisor, bool first,
+                  std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     const bool agrees = vote[i] >= 0.0 ? !(u[i] <= 0.0) : !(u[i] >= 0.0);
     const double part = agrees ? u[i] : 0.0, share = agrees ? w : 0.0;
@@ -54,12 +67,17 @@ FM_SIMD void join(const double* u, const double* vote, double w, double* total, 
     divisor[i] = first ? share : divisor[i] + share;
   }
 }
-FM_SIMD void divide(float* total, const float* divisor, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0f ? 1.0f : divisor[i]; }
-FM_SIMD void divide(double* total, const double* divisor, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0 ? 1.0 : divisor[i]; }
+FM_SIMD void divide(float* total, const float* divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0f ? 1.0f : divisor[i];
+}
+FM_SIMD void divide(double* total, const double* divisor, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) total[i] /= divisor[i] == 0.0 ? 1.0 : divisor[i];
+}
 
 FM_INLINE std::uint32_t mask_of(bool b) { return -static_cast<std::uint32_t>(b); }
 
-// The single loop, without a branch, or it does not vectorise. Aliasing of `out` with an input is of equal indices only, which ivdep allows.
+// The single loop, without a branch, or it does not vectorise. Aliasing of `out` with an input is of equal indices
+// only, which ivdep allows.
 template <int K, bool kNormalize, class T>
 FM_INLINE void fused(const Hot<T>& h, std::int64_t n) {
   const T* base = h.base;
@@ -104,18 +122,21 @@ FM_INLINE void fused(const Hot<T>& h, std::int64_t n) {
   }
 }
 
-#define FASTMERGE_FUSED(K, T)                                                                            \
-  FM_SIMD void fused_##K##_##T(const Hot<T>& h, std::int64_t n) { fused<K, false>(h, n); }               \
+#define FASTMERGE_FUSED(K, T)                                                              \
+  FM_SIMD void fused_##K##_##T(const Hot<T>& h, std::int64_t n) { fused<K, false>(h, n); } \
   FM_SIMD void fused_##K##_##T##_normalized(const Hot<T>& h, std::int64_t n) { fused<K, true>(h, n); }
-#define FASTMERGE_FUSED_ALL(T)                                                                               \
-  FASTMERGE_FUSED(1, T) FASTMERGE_FUSED(2, T) FASTMERGE_FUSED(3, T) FASTMERGE_FUSED(4, T) FASTMERGE_FUSED(5, T) \
-  FASTMERGE_FUSED(6, T) FASTMERGE_FUSED(7, T) FASTMERGE_FUSED(8, T)                                           \
-  void run_fused(const Hot<T>& h, std::size_t models, bool normalize, std::int64_t n) {                       \
-    using F = void (*)(const Hot<T>&, std::int64_t);                                                          \
-    static const F plain[] = {fused_1_##T, fused_2_##T, fused_3_##T, fused_4_##T, fused_5_##T, fused_6_##T, fused_7_##T, fused_8_##T}; \
-    static const F divided[] = {fused_1_##T##_normalized, fused_2_##T##_normalized, fused_3_##T##_normalized, fused_4_##T##_normalized, \
-                                fused_5_##T##_normalized, fused_6_##T##_normalized, fused_7_##T##_normalized, fused_8_##T##_normalized}; \
-    (normalize ? divided : plain)[models - 1](h, n);                                                          \
+#define FASTMERGE_FUSED_ALL(T)                                                                                  \
+  FASTMERGE_FUSED(1, T)                                                                                         \
+  FASTMERGE_FUSED(2, T) FASTMERGE_FUSED(3, T) FASTMERGE_FUSED(4, T) FASTMERGE_FUSED(5, T) FASTMERGE_FUSED(6, T) \
+      FASTMERGE_FUSED(7, T) FASTMERGE_FUSED(8, T) void                                                          \
+      run_fused(const Hot<T>& h, std::size_t models, bool normalize, std::int64_t n) {                          \
+    using F = void (*)(const Hot<T>&, std::int64_t);                                                            \
+    static const F plain[] = {fused_1_##T, fused_2_##T, fused_3_##T, fused_4_##T,                               \
+                              fused_5_##T, fused_6_##T, fused_7_##T, fused_8_##T};                              \
+    static const F divided[] = {fused_1_##T##_normalized, fused_2_##T##_normalized, fused_3_##T##_normalized,   \
+                                fused_4_##T##_normalized, fused_5_##T##_normalized, fused_6_##T##_normalized,   \
+                                fused_7_##T##_normalized, fused_8_##T##_normalized};                            \
+    (normalize ? divided : plain)[models - 1](h, n);                                                            \
   }
 FASTMERGE_FUSED_ALL(float)
 FASTMERGE_FUSED_ALL(bf16)
@@ -123,7 +144,8 @@ FASTMERGE_FUSED_ALL(f16)
 
 bool is_hot(const Merge& m) {
   const Deltas& d = m.deltas;
-  if (!d.has_base() || d.models.size() > kHotModels || m.elect == Elect::count || m.out_type != d.base.type || d.f64()) return false;
+  if (!d.has_base() || d.models.size() > kHotModels || m.elect == Elect::count || m.out_type != d.base.type || d.f64())
+    return false;
 #ifdef FASTMERGE_AVX512
   const bool wide = has_avx512();
 #else

@@ -1,8 +1,9 @@
 // delta_l1: per model the L1 norms of its delta and of the trimmed delta, as sums over fixed blocks.
 //
-// Story: the sums must not depend on threads, chunks or workers. A block is 65536 elements at a multiple of 65536 of the
-// whole tensor's flat index; within it 16 lanes add their elements in order in float64, the lanes are added in order, and the
-// caller adds the blocks in order. One block is one piece of work, so nothing is ever combined across threads here.
+// Story: the sums must not depend on threads, chunks or workers. A block is 65536 elements at a multiple of 65536 of
+// the whole tensor's flat index; within it 16 lanes add their elements in order in float64, the lanes are added in
+// order, and the caller adds the blocks in order. One block is one piece of work, so nothing is ever combined across
+// threads here.
 #include "common/consensus.h"
 #include "common/export.h"
 
@@ -40,8 +41,8 @@ FM_SIMD void keep_rule(const double* d, std::int64_t lo, std::int64_t hi, std::u
   }
 }
 
-// Sums of [begin, end), at most one block; out[k] = {whole, kept}. Pieces of kTermBlock start at multiples of it, so lanes
-// keep their places; a piece that ends early is filled up with zeros.
+// Sums of [begin, end), at most one block; out[k] = {whole, kept}. Pieces of kTermBlock start at multiples of it, so
+// lanes keep their places; a piece that ends early is filled up with zeros.
 template <class C>
 void sum_block(const Merge& m, Trimmer<C>& trimmer, std::int64_t begin, std::int64_t end, double* out) {
   alignas(64) C base[kTermBlock], buffer[kTermBlock + kLanes];
@@ -58,8 +59,7 @@ void sum_block(const Merge& m, Trimmer<C>& trimmer, std::int64_t begin, std::int
         std::uint8_t* to = keep + (i - at);
         if (t.kind == TrimKind::rule)
           keep_rule(d + (i - at), bound_at<C>(t.low, m.offset + i), bound_at<C>(t.high, m.offset + i), to, stop - i);
-        else
-          std::memcpy(to, trimmer.keep(k, i, stop - i), static_cast<std::size_t>(stop - i));
+        else std::memcpy(to, trimmer.keep(k, i, stop - i), static_cast<std::size_t>(stop - i));
       }
       const std::int64_t full = ceil_div(n, kLanes) * kLanes;
       if (full != n) {
@@ -97,7 +97,8 @@ void delta_l1(std::uintptr_t out, std::uintptr_t base, int base_type, const std:
   const std::int64_t blocks = ceil_div(n, kSumBlock), each = 2 * static_cast<std::int64_t>(trims.size());
   const auto run = [&](auto zero) {
     using C = decltype(zero);
-    // A row that two blocks share is ranked for each: neighbouring blocks go to one thread, which remembers its last row.
+    // A row that two blocks share is ranked for each: neighbouring blocks go to one thread, which remembers its last
+    // row.
     const std::int64_t team = std::min<std::int64_t>(std::max(threads, 1), std::max<std::int64_t>(blocks, 1));
     parallel_blocks(team, threads, [&](std::int64_t t) {
       Trimmer<C> trimmer(m);

@@ -1,24 +1,27 @@
 // expert_gather: positions and values of the k largest entries of every row of a delta.
 //
-// Story: neighbouring rows have similar thresholds, so a bit less than the last row's is a floor that few more than k entries
-// of the next one pass: one vectorised pass over blocks that stay in L1 collects them, and a bisection over the few finds the
-// cut (selecting by swaps cost more than the pass). A row that fewer than k pass is selected in full. The guess decides how
-// much work is done, never the result, so threads may start with any. Deltas are not stored: kept values are computed again.
+// Story: neighbouring rows have similar thresholds, so a bit less than the last row's is a floor that few more than k
+// entries of the next one pass: one vectorised pass over blocks that stay in L1 collects them, and a bisection over the
+// few finds the cut (selecting by swaps cost more than the pass). A row that fewer than k pass is selected in full. The
+// guess decides how much work is done, never the result, so threads may start with any. Deltas are not stored: kept
+// values are computed again.
 #include "common/export.h"
+#include "common/keys.h"
 #include "common/parallel.h"
 #include "common/select.h"
-#include "common/keys.h"
 
 namespace fastmerge {
 namespace {
 
-template <class C> C value_of(Key<C> key) {
+template <class C>
+C value_of(Key<C> key) {
   C x;
   std::memcpy(&x, &key, sizeof x);
   return x;
 }
 
-template <class C> C element(const Array& a, std::int64_t i) {
+template <class C>
+C element(const Array& a, std::int64_t i) {
   switch (a.type) {
     case Dtype::f32: return reinterpret_cast<const float*>(a.address)[i];
     case Dtype::f16: return to_float(reinterpret_cast<const f16*>(a.address)[i]);
@@ -121,22 +124,24 @@ class RowSelector {
 template <class C>
 void rows(const Deltas& d, std::int64_t count, std::int64_t length, std::int64_t k, std::int64_t offset,
           std::int64_t* index, C* value, int threads) {
-  parallel_for(count, std::max<std::int64_t>(1, 4 * kGrain / length), threads, [&](std::int64_t begin, std::int64_t end) {
-    RowSelector<C> selector(d, length, k);
-    for (std::int64_t r = begin; r < end; ++r) {
-      const std::uint32_t* kept = selector.select(r * length);
-      for (std::int64_t i = 0; i < k; ++i) {
-        const std::int64_t at = r * length + kept[i];
-        const C x = element<C>(d.models[0], at);
-        index[r * k + i] = offset + at;
-        value[r * k + i] = d.has_base() ? x - element<C>(d.base, at) : x;
-      }
-    }
-  });
+  parallel_for(count, std::max<std::int64_t>(1, 4 * kGrain / length), threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 RowSelector<C> selector(d, length, k);
+                 for (std::int64_t r = begin; r < end; ++r) {
+                   const std::uint32_t* kept = selector.select(r * length);
+                   for (std::int64_t i = 0; i < k; ++i) {
+                     const std::int64_t at = r * length + kept[i];
+                     const C x = element<C>(d.models[0], at);
+                     index[r * k + i] = offset + at;
+                     value[r * k + i] = d.has_base() ? x - element<C>(d.base, at) : x;
+                   }
+                 }
+               });
 }
 
-void expert_gather(std::uintptr_t base, int base_type, std::uintptr_t model, int type, std::int64_t count, std::int64_t length,
-                   std::int64_t k, std::int64_t offset, std::uintptr_t index, std::uintptr_t value, int threads) {
+void expert_gather(std::uintptr_t base, int base_type, std::uintptr_t model, int type, std::int64_t count,
+                   std::int64_t length, std::int64_t k, std::int64_t offset, std::uintptr_t index, std::uintptr_t value,
+                   int threads) {
   const Deltas d = make_deltas(base, base_type, {model}, {type});
   auto* at = pointer<std::int64_t>(index);
   d.f64() ? rows<double>(d, count, length, k, offset, at, pointer<double>(value), threads)

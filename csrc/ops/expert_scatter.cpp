@@ -1,9 +1,9 @@
 // expert_scatter: x[index] += scale * value, or = scale * value, keeping the overwritten elements.
 //
-// Story: the cost is one cache line and often one page-table walk per touched element; everything else is small. A block
-// of positions is prefetched while the one before is worked on: old elements are collected (they are the result), the new
-// ones computed with SIMD, and written back to lines that are in L1 now. Positions are distinct, so blocks are free to
-// run in parallel.
+// Story: the cost is one cache line and often one page-table walk per touched element; everything else is small. A
+// block of positions is prefetched while the one before is worked on: old elements are collected (they are the result),
+// the new ones computed with SIMD, and written back to lines that are in L1 now. Positions are distinct, so blocks are
+// free to run in parallel.
 #include "common/block.h"
 #include "common/export.h"
 #include "common/parallel.h"
@@ -11,8 +11,8 @@
 namespace fastmerge {
 namespace {
 
-constexpr std::int64_t kGroup = 512;           // positions; their lines fit L1
-constexpr std::int64_t kScatterGrain = 8192;   // positions: each is worth many streamed elements
+constexpr std::int64_t kGroup = 512;          // positions; their lines fit L1
+constexpr std::int64_t kScatterGrain = 8192;  // positions: each is worth many streamed elements
 
 template <class Index>
 std::int64_t first_not_increasing(const Index* p, std::int64_t n) {
@@ -32,8 +32,12 @@ bool check_positions(std::uintptr_t index, bool wide, std::int64_t n, std::int64
   return wide ? ok(pointer<const std::int64_t>(index)) : ok(pointer<const std::int32_t>(index));
 }
 
-FM_SIMD void scale_terms(const float* v, float s, float* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = v[i] * s; }
-FM_SIMD void scale_terms(const double* v, double s, double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = v[i] * s; }
+FM_SIMD void scale_terms(const float* v, float s, float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = v[i] * s;
+}
+FM_SIMD void scale_terms(const double* v, double s, double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = v[i] * s;
+}
 
 template <class Word, class Index>
 void gather_old(const Word* x, const Index* at, std::int64_t n, std::int64_t ahead, Word* old) {
@@ -83,7 +87,9 @@ void by_index(std::uintptr_t x, Dtype x_type, std::uintptr_t index, bool wide, s
 void expert_scatter(std::uintptr_t x, int x_type, std::uintptr_t index, bool wide, std::uintptr_t value, int value_type,
                     std::uintptr_t saved, std::int64_t n, double scale, bool add, int threads) {
   const auto t = static_cast<Dtype>(x_type), v = static_cast<Dtype>(value_type);
-  const auto go = size_of(t) == 8 ? by_index<std::uint64_t> : size_of(t) == 4 ? by_index<std::uint32_t> : by_index<std::uint16_t>;
+  const auto go = size_of(t) == 8   ? by_index<std::uint64_t>
+                  : size_of(t) == 4 ? by_index<std::uint32_t>
+                                    : by_index<std::uint16_t>;
   go(x, t, index, wide, value, v, saved, n, scale, add, threads);
 }
 

@@ -1,7 +1,8 @@
 // expert_scatter on a GPU: x[index] += scale * value, or = scale * value, keeping the overwritten elements.
 //
-// A touched element costs one 32-byte sector read and written; positions, values and saved elements are read and written
-// in order, one element per lane, 8 per thread, so that 8 random accesses are in flight. Positions are distinct: no atomics.
+// A touched element costs one 32-byte sector read and written; positions, values and saved elements are read and
+// written in order, one element per lane, 8 per thread, so that 8 random accesses are in flight. Positions are
+// distinct: no atomics.
 #pragma once
 #include "../common/cuda.cuh"
 
@@ -15,8 +16,14 @@ struct ScatterTask {
 #define FM_COPY 2  // the value's bits, unscaled
 #define FM_ITEMS 8
 
-template <class T, class V> struct Cast { static __device__ __forceinline__ T run(V v) { return from_float<T>(to_float(v)); } };
-template <class T> struct Cast<T, T> { static __device__ __forceinline__ T run(T v) { return v; } };
+template <class T, class V>
+struct Cast {
+  static __device__ __forceinline__ T run(V v) { return from_float<T>(to_float(v)); }
+};
+template <class T>
+struct Cast<T, T> {
+  static __device__ __forceinline__ T run(T v) { return v; }
+};
 
 template <class T, class V, class Index>
 __device__ __forceinline__ void expert_scatter(const ScatterTask* tasks, const u32* first_block, u32 count) {
@@ -39,7 +46,8 @@ __device__ __forceinline__ void expert_scatter(const ScatterTask* tasks, const u
     const V v = load((const V*)t.value + k);
     const float term = to_float(v) * t.scale;
     store((T*)t.saved + k, old[u]);
-    store(x + at[u], t.flags & FM_COPY ? Cast<T, V>::run(v) : from_float<T>(t.flags & FM_ADD ? to_float(old[u]) + term : term));
+    store(x + at[u],
+          t.flags & FM_COPY ? Cast<T, V>::run(v) : from_float<T>(t.flags & FM_ADD ? to_float(old[u]) + term : term));
   }
 }
 
@@ -60,15 +68,15 @@ __device__ __forceinline__ void check_positions(const PositionsTask* tasks, cons
   if (v < 0 || v >= t.size || (k > 0 && (i64)load(index + k - 1) >= v)) atomicOr((u32*)t.wrong, 1u);
 }
 
-#define FM_SCATTER_OF(X, name, T, V)                                          \
+#define FM_SCATTER_OF(X, name, T, V)                                              \
   X(expert_scatter_kernel_##name##_i32, ScatterTask, (expert_scatter<T, V, int>)) \
   X(expert_scatter_kernel_##name##_i64, ScatterTask, (expert_scatter<T, V, i64>))
-#define FM_SCATTER(X)                          \
-  FM_SCATTER_OF(X, f32_f32, float, float)      \
-  FM_SCATTER_OF(X, bf16_bf16, bf16, bf16)      \
-  FM_SCATTER_OF(X, bf16_f32, bf16, float)      \
-  FM_SCATTER_OF(X, f16_f16, f16, f16)          \
-  FM_SCATTER_OF(X, f16_f32, f16, float)        \
+#define FM_SCATTER(X)                                                  \
+  FM_SCATTER_OF(X, f32_f32, float, float)                              \
+  FM_SCATTER_OF(X, bf16_bf16, bf16, bf16)                              \
+  FM_SCATTER_OF(X, bf16_f32, bf16, float)                              \
+  FM_SCATTER_OF(X, f16_f16, f16, f16)                                  \
+  FM_SCATTER_OF(X, f16_f32, f16, float)                                \
   X(check_positions_kernel_i32, PositionsTask, (check_positions<int>)) \
   X(check_positions_kernel_i64, PositionsTask, (check_positions<i64>))
 FM_SCATTER(FM_KERNEL)

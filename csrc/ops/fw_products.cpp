@@ -2,10 +2,10 @@
 //
 // Story: a linear minimisation oracle reads K models; nothing may be read twice. A tile of the gradient is widened once
 // into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each,
-// while the same candidate's next tile comes into L2. Blocks of 65536 elements give one float32 sum per product; they are
-// added to float64 totals in index order.
-// A candidate may be a place in a file: a block of it is read into a buffer that stays in L2, so that memory sees each
-// byte once, as a plain read of the file does, and the sums are those of the tensor in memory, bit for bit.
+// while the same candidate's next tile comes into L2. Blocks of 65536 elements give one float32 sum per product; they
+// are added to float64 totals in index order. A candidate may be a place in a file: a block of it is read into a buffer
+// that stays in L2, so that memory sees each byte once, as a plain read of the file does, and the sums are those of the
+// tensor in memory, bit for bit.
 #include <array>
 #include <atomic>
 
@@ -36,15 +36,18 @@ template <class C, class T>
 void fold(const C* g, const T* x, std::int64_t n, const void* ahead, C* dot, C* square) {
   square ? add_products(g, x, n, ahead, dot, square) : add_products(g, x, n, ahead, dot);
 }
-void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const float* g, float* buffer, float* dot, float* square) {
-  if (n % kLanes != 0) return fold(g, padded(load_block(t, s, at, n, buffer), n, buffer), ceil_to_lanes(n), buffer, dot, square);
+void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const float* g, float* buffer, float* dot,
+               float* square) {
+  if (n % kLanes != 0)
+    return fold(g, padded(load_block(t, s, at, n, buffer), n, buffer), ceil_to_lanes(n), buffer, dot, square);
   dispatch(t, [&](auto zero) {
     using T = decltype(zero);
     const T* x = pointer<const T>(s) + at;
     if constexpr (!std::is_same_v<T, double>) fold(g, x, n, x + n, dot, square);
   });
 }
-void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const double* g, double* buffer, double* dot, double* square) {
+void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const double* g, double* buffer, double* dot,
+               double* square) {
   const double* x = padded(load_block(t, s, at, n, buffer), n, buffer);
   fold(g, x, ceil_to_lanes(n), x, dot, square);
 }
@@ -85,7 +88,8 @@ std::pair<int, std::size_t> block(const Tensor& t, std::int64_t begin, std::int6
     if (t.file(k) < 0) continue;
     scratch.contents.resize(kSumBlock);
     const std::int64_t size = size_of(t.s_types[k]);
-    if (const int error = read_file(t.file(k), t.s[k] + begin * size, (end - begin) * size, scratch.contents.data())) return {error, k};
+    if (const int error = read_file(t.file(k), t.s[k] + begin * size, (end - begin) * size, scratch.contents.data()))
+      return {error, k};
     const auto s = reinterpret_cast<std::uintptr_t>(scratch.contents.data()) - begin * size;
     for (std::int64_t at = begin; at < end; at += kBlock) fold_into(k, s, at, g_tiles[(at - begin) / kBlock]);
   }
@@ -118,7 +122,8 @@ Failure fw_products(std::uintptr_t totals, const std::vector<std::uintptr_t>& g,
     const auto& [l, at] = blocks[b];
     const Tensor& t = tensors[l];
     const bool f64 = t.g_type == Dtype::f64 || any_f64(t.s_types);
-    const auto [error, k] = (f64 ? block<double> : block<float>)(t, at, std::min(t.n, at + kSumBlock), norms, sums.data() + b * width);
+    const auto [error, k] =
+        (f64 ? block<double> : block<float>)(t, at, std::min(t.n, at + kSumBlock), norms, sums.data() + b * width);
     if (error != 0) {
       failures[b] = {error, static_cast<std::int64_t>(l), static_cast<std::int64_t>(k)};
       failed.store(true, std::memory_order_relaxed);

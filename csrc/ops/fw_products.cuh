@@ -2,17 +2,17 @@
 //
 // A block owns one sum block (65536 elements). A tile of the gradient waits in registers while each candidate's tile
 // streams past it; the thread's partial sums live in its own column of shared memory, so that K is a run-time number.
-// Order is fixed: elements of a thread in index order, then lanes and warps in a tree: no float atomics. The totals kernel
-// adds the blocks' float32 sums to float64 totals in index order, continuing from the totals of the pieces before.
+// Order is fixed: elements of a thread in index order, then lanes and warps in a tree: no float atomics. The totals
+// kernel adds the blocks' float32 sums to float64 totals in index order, continuing from the totals of the pieces
+// before.
 #pragma once
 #include "../common/block_sum.cuh"
 
-
 struct ProductsTask {
-  u64 g, s;           // s: addresses of the K candidates
-  u64 sums;           // float [blocks][2K + 1]: dots, squares, |g|^2
+  u64 g, s;  // s: addresses of the K candidates
+  u64 sums;  // float [blocks][2K + 1]: dots, squares, |g|^2
   i64 n, candidates;
-  i64 flags;          // FM_NORMS: squares too; FM_ALIGNED: all addresses are aligned for packs
+  i64 flags;  // FM_NORMS: squares too; FM_ALIGNED: all addresses are aligned for packs
 };
 #define FM_NORMS 1
 
@@ -64,8 +64,8 @@ __device__ __forceinline__ void fw_products(const ProductsTask* tasks, const u32
 }
 
 struct TotalsTask {
-  u64 sums;           // float [blocks][width]
-  u64 totals;         // double [width], added to
+  u64 sums;    // float [blocks][width]
+  u64 totals;  // double [width], added to
   i64 blocks, width;
 };
 
@@ -80,7 +80,7 @@ __device__ __forceinline__ void fw_totals(const TotalsTask* tasks, const u32* fi
   }
 }
 
-#define FM_PRODUCTS(X)                                                     \
+#define FM_PRODUCTS(X)                                                        \
   X(fw_products_kernel_f32_f32, ProductsTask, (fw_products<float, float, 4>)) \
   X(fw_products_kernel_f32_bf16, ProductsTask, (fw_products<float, bf16, 4>)) \
   X(fw_products_kernel_f32_f16, ProductsTask, (fw_products<float, f16, 4>))   \

@@ -9,10 +9,18 @@
 namespace fastmerge {
 namespace {
 
-FM_SIMD void direction(const float* s, const float* theta, float* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = s[i] - theta[i]; }
-FM_SIMD void direction(const double* s, const double* theta, double* d, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) d[i] = s[i] - theta[i]; }
-FM_SIMD void step(const float* theta, const float* d, float gamma, float* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = theta[i] + d[i] * gamma; }
-FM_SIMD void step(const double* theta, const double* d, double gamma, double* y, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) y[i] = theta[i] + d[i] * gamma; }
+FM_SIMD void direction(const float* s, const float* theta, float* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = s[i] - theta[i];
+}
+FM_SIMD void direction(const double* s, const double* theta, double* d, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) d[i] = s[i] - theta[i];
+}
+FM_SIMD void step(const float* theta, const float* d, float gamma, float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = theta[i] + d[i] * gamma;
+}
+FM_SIMD void step(const double* theta, const double* d, double gamma, double* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = theta[i] + d[i] * gamma;
+}
 
 struct Tensor {
   std::uintptr_t theta, s, g;  // s, g: 0 = the zero vertex, no products
@@ -44,9 +52,9 @@ void block(const Tensor& t, std::int64_t begin, std::int64_t end, double* out) {
 
 // totals: [L][2] float64, added to; 0 when there are no gradients.
 void fw_step(std::uintptr_t totals, const std::vector<std::uintptr_t>& theta, const std::vector<int>& theta_types,
-             const std::vector<std::uintptr_t>& s, const std::vector<int>& s_types, const std::vector<std::uintptr_t>& g,
-             const std::vector<int>& g_types, const std::vector<std::int64_t>& sizes, const std::vector<double>& gamma,
-             int threads) {
+             const std::vector<std::uintptr_t>& s, const std::vector<int>& s_types,
+             const std::vector<std::uintptr_t>& g, const std::vector<int>& g_types,
+             const std::vector<std::int64_t>& sizes, const std::vector<double>& gamma, int threads) {
   std::vector<Tensor> tensors;
   std::vector<std::pair<std::size_t, std::int64_t>> blocks;
   for (std::size_t l = 0; l < theta.size(); ++l) {

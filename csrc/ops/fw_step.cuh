@@ -4,9 +4,9 @@
 #include "../common/block_sum.cuh"
 
 struct StepTask {
-  u64 theta, s, g;    // s = 0: the zero vertex; g = 0: no products
-  u64 sums;           // float [blocks][2]
-  i64 n, flags;       // FM_ALIGNED
+  u64 theta, s, g;  // s = 0: the zero vertex; g = 0: no products
+  u64 sums;         // float [blocks][2]
+  i64 n, flags;     // FM_ALIGNED
   float gamma;
   int unused;
 };
@@ -63,12 +63,12 @@ __device__ __forceinline__ void fw_step(const StepTask* tasks, const u32* first_
   }
 }
 
-#define FM_STEP(X)                                                            \
-  X(fw_step_kernel_f32_f32, StepTask, (fw_step<float, float, 4, false>))      \
-  X(fw_step_kernel_f32_bf16, StepTask, (fw_step<float, bf16, 4, false>))      \
-  X(fw_step_kernel_f32_f16, StepTask, (fw_step<float, f16, 4, false>))        \
-  X(fw_step_kernel_bf16_bf16, StepTask, (fw_step<bf16, bf16, 8, false>))      \
-  X(fw_step_kernel_f16_f16, StepTask, (fw_step<f16, f16, 8, false>))          \
+#define FM_STEP(X)                                                               \
+  X(fw_step_kernel_f32_f32, StepTask, (fw_step<float, float, 4, false>))         \
+  X(fw_step_kernel_f32_bf16, StepTask, (fw_step<float, bf16, 4, false>))         \
+  X(fw_step_kernel_f32_f16, StepTask, (fw_step<float, f16, 4, false>))           \
+  X(fw_step_kernel_bf16_bf16, StepTask, (fw_step<bf16, bf16, 8, false>))         \
+  X(fw_step_kernel_f16_f16, StepTask, (fw_step<f16, f16, 8, false>))             \
   X(fw_step_products_kernel_f32_f32, StepTask, (fw_step<float, float, 4, true>)) \
   X(fw_step_products_kernel_f32_bf16, StepTask, (fw_step<float, bf16, 4, true>)) \
   X(fw_step_products_kernel_f32_f16, StepTask, (fw_step<float, f16, 4, true>))

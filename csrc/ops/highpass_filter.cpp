@@ -1,9 +1,9 @@
 // highpass_filter, the parts around the 1-D transforms (which are torch.fft's, on blocks that stay in cache).
 //
-// Story: a plain rfft2 + irfft2 spends most of its time in strided column passes over the whole spectrum. Here a block of
-// rows is transformed, and only the columns whose gain is not 1 anywhere leave it, transposed, so that the column
-// transforms are contiguous too: 205 of 2049 columns for the radial mask of a 4096 x 4096 matrix. They are multiplied by
-// (1 - gain), transformed back, and each block of rows subtracts its share: out = x - irfft2((1 - gain) rfft2(x)).
+// Story: a plain rfft2 + irfft2 spends most of its time in strided column passes over the whole spectrum. Here a block
+// of rows is transformed, and only the columns whose gain is not 1 anywhere leave it, transposed, so that the column
+// transforms are contiguous too: 205 of 2049 columns for the radial mask of a 4096 x 4096 matrix. They are multiplied
+// by (1 - gain), transformed back, and each block of rows subtracts its share: out = x - irfft2((1 - gain) rfft2(x)).
 // Where every column is touched the gain itself is applied and nothing is subtracted. Gains are counts of integer
 // intervals (fastmerge/ops/_spectral_mask.py); no frequency is ever compared here.
 #include <complex>
@@ -52,8 +52,8 @@ void scatter(std::uintptr_t spectrum, std::int64_t width, std::int64_t row, std:
   });
 }
 
-// z[h] *= a + b * (how many of the two intervals of row h hold the column); re and im are interleaved. With one table the
-// second interval is the first and b is halved: exact, since the shares are 1 and 1/2.
+// z[h] *= a + b * (how many of the two intervals of row h hold the column); re and im are interleaved. With one table
+// the second interval is the first and b is halved: exact, since the shares are 1 and 1/2.
 struct Rows {
   const std::int32_t *low, *high, *low2, *high2;
 };
@@ -93,7 +93,8 @@ void mask(std::uintptr_t panel, std::int64_t rows, std::int64_t height, std::int
       if (ring[2 * i + 1] != column || h < done) continue;  // a bin listed twice was done the first time
       apply(z, table, column, a, b, done, h);
       int in = (low[h] <= column && column < high[h]) + (table.low2[h] <= column && column < table.high2[h]);
-      for (std::int64_t k = i; k < ring_count && ring[2 * k] == h; ++k) in += (ring[2 * k + 1] == column) * (tables == 1 ? 2 : 1);
+      for (std::int64_t k = i; k < ring_count && ring[2 * k] == h; ++k)
+        in += (ring[2 * k + 1] == column) * (tables == 1 ? 2 : 1);
       const F gain = a + b * static_cast<F>(in);
       z[2 * h] *= gain;
       z[2 * h + 1] *= gain;
@@ -103,12 +104,17 @@ void mask(std::uintptr_t panel, std::int64_t rows, std::int64_t height, std::int
   });
 }
 
-FM_SIMD void subtract(const float* x, const float* y, float* z, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) z[i] = x[i] - y[i]; }
-FM_SIMD void subtract(const double* x, const double* y, double* z, std::int64_t n) { for (std::int64_t i = 0; i < n; ++i) z[i] = x[i] - y[i]; }
+FM_SIMD void subtract(const float* x, const float* y, float* z, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) z[i] = x[i] - y[i];
+}
+FM_SIMD void subtract(const double* x, const double* y, double* z, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) z[i] = x[i] - y[i];
+}
 
 // out = x - low (or low itself where x is 0), rounded to out's dtype; x and out may be the same memory.
 template <class F>
-void finish(std::uintptr_t out, int out_type, std::uintptr_t x, int x_type, std::uintptr_t low, std::int64_t n, int threads) {
+void finish(std::uintptr_t out, int out_type, std::uintptr_t x, int x_type, std::uintptr_t low, std::int64_t n,
+            int threads) {
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) F widened[kBlock], difference[kBlock];
     for (std::int64_t at = begin; at < end; at += kBlock) {

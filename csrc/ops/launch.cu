@@ -43,9 +43,11 @@ void launch(const std::string& name, unsigned blocks, unsigned threads, unsigned
   const auto found = table().find(name);
   if (found == table().end()) throw std::invalid_argument("no CUDA kernel is called " + name);
   if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(found->second, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+    check(cudaFuncSetAttribute(found->second, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          name);
   void* arguments[] = {&tasks, &first_block, &count};
-  check(cudaLaunchKernel(found->second, dim3(blocks), dim3(threads), arguments, shared, reinterpret_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(found->second, dim3(blocks), dim3(threads), arguments, shared,
+                         reinterpret_cast<cudaStream_t>(stream)),
         name);
 }
 

@@ -18,9 +18,15 @@ FM_INLINE std::int64_t count_all_ones(const U* x, std::int64_t n, U exponent) {
   }
   return total;
 }
-FM_SIMD std::int64_t count16(const std::uint16_t* x, std::int64_t n, std::uint16_t e) { return count_all_ones(x, n, e); }
-FM_SIMD std::int64_t count32(const std::uint32_t* x, std::int64_t n, std::uint32_t e) { return count_all_ones(x, n, e); }
-FM_SIMD std::int64_t count64(const std::uint64_t* x, std::int64_t n, std::uint64_t e) { return count_all_ones(x, n, e); }
+FM_SIMD std::int64_t count16(const std::uint16_t* x, std::int64_t n, std::uint16_t e) {
+  return count_all_ones(x, n, e);
+}
+FM_SIMD std::int64_t count32(const std::uint32_t* x, std::int64_t n, std::uint32_t e) {
+  return count_all_ones(x, n, e);
+}
+FM_SIMD std::int64_t count64(const std::uint64_t* x, std::int64_t n, std::uint64_t e) {
+  return count_all_ones(x, n, e);
+}
 
 std::int64_t count_nonfinite(std::uintptr_t x, int dtype, std::int64_t n) {
   switch (static_cast<Dtype>(dtype)) {

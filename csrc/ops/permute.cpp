@@ -16,12 +16,11 @@ constexpr std::int64_t kSlab = 4 << 20;      // bytes: a smaller slab is permute
 void permute(std::uintptr_t out, std::uintptr_t in, std::int64_t element, std::int64_t n, const Axes& axes, bool stream,
              int threads) {
   auto* to = pointer<unsigned char>(out);
-  gather_all(Gather(axes, element), in, element, n, threads, [&](std::int64_t at, const void* source, std::int64_t m, std::int64_t) {
-    if (stream)
-      stream_out(to + at * element, source, m * element);
-    else
-      std::memcpy(to + at * element, source, m * element);
-  });
+  gather_all(Gather(axes, element), in, element, n, threads,
+             [&](std::int64_t at, const void* source, std::int64_t m, std::int64_t) {
+               if (stream) stream_out(to + at * element, source, m * element);
+               else std::memcpy(to + at * element, source, m * element);
+             });
 }
 
 // One axis of [outer, n, inner] in place; `inner` counts bytes.
@@ -35,10 +34,17 @@ void permute_axis(std::uintptr_t address, std::int64_t outer, std::int64_t n, st
       unsigned char* row = x + o * slab;
       const std::vector<unsigned char> copy(row, row + slab);
       switch (inner) {
-        case 2: for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 2, copy.data() + from[i] * 2, 2); break;
-        case 4: for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 4, copy.data() + from[i] * 4, 4); break;
-        case 8: for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 8, copy.data() + from[i] * 8, 8); break;
-        default: for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * inner, copy.data() + from[i] * inner, inner);
+        case 2:
+          for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 2, copy.data() + from[i] * 2, 2);
+          break;
+        case 4:
+          for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 4, copy.data() + from[i] * 4, 4);
+          break;
+        case 8:
+          for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * 8, copy.data() + from[i] * 8, 8);
+          break;
+        default:
+          for (std::int64_t i = 0; i < n; ++i) std::memcpy(row + i * inner, copy.data() + from[i] * inner, inner);
       }
     });
     return;

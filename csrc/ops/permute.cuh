@@ -1,23 +1,23 @@
 // permute and permute_merge on a GPU.
 //
 // Three kernels. `rows`: the result is rows of contiguous elements, each with its own source row; a row is moved with
-// 16-byte accesses, whatever it is made of. `columns`: the elements of a row are permuted too; source rows are staged in
-// shared memory with full-width loads, picked from there in the order of the result and written with full-width stores,
-// so that device memory sees only whole sectors; the column table is read once for the several rows of a block. `cycles`:
-// rows in place; a cycle is cut into segments whose first rows were saved before, so that all segments run at once.
-// Merging differs from copying only in what is stored: wb * base + wx * x, rounded once.
+// 16-byte accesses, whatever it is made of. `columns`: the elements of a row are permuted too; source rows are staged
+// in shared memory with full-width loads, picked from there in the order of the result and written with full-width
+// stores, so that device memory sees only whole sectors; the column table is read once for the several rows of a block.
+// `cycles`: rows in place; a cycle is cut into segments whose first rows were saved before, so that all segments run at
+// once. Merging differs from copying only in what is stored: wb * base + wx * x, rounded once.
 #pragma once
 #include "../common/cuda.cuh"
 
 struct PermuteTask {
-  u64 out, in, base;      // addresses; base is 0 when copying
-  u64 index[4];           // of each leading dimension: int32 addresses, 0 = in order
-  i64 size[4], stride[4]; // leading dimensions, outermost first; strides in elements of the source
-  u64 columns;            // uint16 or int32 source column of each column, 0 = in order
-  i64 rows, width;        // the result
-  i64 lanes;              // rows: threads along a row; columns: rows per block
-  i64 segments;           // rows: blocks along a row
-  i64 flags;              // FM_NARROW: columns are uint16; FM_WIDE: rows may be accessed 16 bytes at a time
+  u64 out, in, base;       // addresses; base is 0 when copying
+  u64 index[4];            // of each leading dimension: int32 addresses, 0 = in order
+  i64 size[4], stride[4];  // leading dimensions, outermost first; strides in elements of the source
+  u64 columns;             // uint16 or int32 source column of each column, 0 = in order
+  i64 rows, width;         // the result
+  i64 lanes;               // rows: threads along a row; columns: rows per block
+  i64 segments;            // rows: blocks along a row
+  i64 flags;               // FM_NARROW: columns are uint16; FM_WIDE: rows may be accessed 16 bytes at a time
   float wb, wx;
 };
 #define FM_NARROW 1
@@ -39,10 +39,12 @@ __device__ __forceinline__ i64 source_row(const PermuteTask& t, u32 row) {
 }
 
 // What is stored for source elements x: themselves (T is then just a size), or their mean with the base's.
-template <class T, int N, bool MERGE> struct Combine {
+template <class T, int N, bool MERGE>
+struct Combine {
   static __device__ __forceinline__ Pack<T, N> run(const PermuteTask&, i64, const Pack<T, N>& x) { return x; }
 };
-template <class T, int N> struct Combine<T, N, true> {
+template <class T, int N>
+struct Combine<T, N, true> {
   static __device__ __forceinline__ Pack<T, N> run(const PermuteTask& t, i64 at, Pack<T, N> x) {
     const Pack<T, N> b = load_pack<T, N>((const T*)t.base + at);
 #pragma unroll
@@ -73,8 +75,8 @@ __device__ __forceinline__ void permute_rows(const PermuteTask* tasks, const u32
   }
 }
 
-// Stages up to t.lanes rows and writes them with their columns permuted; rows too long for shared memory are picked from
-// device memory.
+// Stages up to t.lanes rows and writes them with their columns permuted; rows too long for shared memory are picked
+// from device memory.
 template <class T, bool MERGE>
 __device__ __forceinline__ void permute_columns(const PermuteTask* tasks, const u32* first_block, u32 count) {
   const int N = 16 / sizeof(T);
@@ -136,12 +138,12 @@ __device__ __forceinline__ void permute_columns(const PermuteTask* tasks, const 
 }
 
 struct CycleTask {
-  u64 x, saved;           // the tensor [outer][n][width]; the segments' first rows [outer][segments][width]
-  u64 order;              // int32: the rows of the segments, one after the other, each in the order of its cycle
-  u64 bounds;             // int32 [segments + 1]: where each segment's rows start in `order`
-  u64 next;               // int32 [segments]: which saved row a segment's last row takes
-  i64 n, width, segments; // width counts words
-  i64 lanes, tiles;       // threads along a row; blocks along a row
+  u64 x, saved;            // the tensor [outer][n][width]; the segments' first rows [outer][segments][width]
+  u64 order;               // int32: the rows of the segments, one after the other, each in the order of its cycle
+  u64 bounds;              // int32 [segments + 1]: where each segment's rows start in `order`
+  u64 next;                // int32 [segments]: which saved row a segment's last row takes
+  i64 n, width, segments;  // width counts words
+  i64 lanes, tiles;        // threads along a row; blocks along a row
 };
 
 // Every segment's row k takes row k + 1; its last row takes the first row of the next segment, as it was.
@@ -167,14 +169,15 @@ __device__ __forceinline__ void permute_cycles(const CycleTask* tasks, const u32
     for (int u = 0; u < FM_UNROLL; ++u) store(x + load(order + k + u) * t.width, ahead[u]);
   }
   for (; k + 1 < end; ++k) store(x + load(order + k) * t.width, load(x + load(order + k + 1) * t.width));
-  const Word* saved = (const Word*)t.saved + ((i64)outer * t.segments + load((const int*)t.next + segment)) * t.width + column;
+  const Word* saved =
+      (const Word*)t.saved + ((i64)outer * t.segments + load((const int*)t.next + segment)) * t.width + column;
   store(x + load(order + k) * t.width, load(saved));
 }
 
 struct CheckTask {
-  u64 index;              // int32
-  u64 seen;               // one zeroed bit per entry
-  u64 wrong;              // int32, set to 1
+  u64 index;  // int32
+  u64 seen;   // one zeroed bit per entry
+  u64 wrong;  // int32, set to 1
   i64 n;
 };
 
@@ -193,23 +196,23 @@ __device__ __forceinline__ void check_permutation(const CheckTask* tasks, const 
   if (atomicOr((u32*)t.seen + (v >> 5), bit) & bit) atomicOr((u32*)t.wrong, 1u);
 }
 
-#define FM_PERMUTE(X)                                                            \
-  X(permute_rows_kernel_16, PermuteTask, (permute_rows<u16, 8, false>))          \
-  X(permute_rows_kernel_8, PermuteTask, (permute_rows<u16, 4, false>))           \
-  X(permute_rows_kernel_4, PermuteTask, (permute_rows<u16, 2, false>))           \
-  X(permute_rows_kernel_2, PermuteTask, (permute_rows<u16, 1, false>))           \
-  X(permute_columns_kernel_4, PermuteTask, (permute_columns<u32, false>))        \
-  X(permute_columns_kernel_2, PermuteTask, (permute_columns<u16, false>))        \
-  X(permute_merge_rows_kernel_f32, PermuteTask, (permute_rows<float, 4, true>))  \
-  X(permute_merge_rows_kernel_f32_1, PermuteTask, (permute_rows<float, 1, true>)) \
-  X(permute_merge_rows_kernel_bf16, PermuteTask, (permute_rows<bf16, 8, true>))  \
-  X(permute_merge_rows_kernel_bf16_1, PermuteTask, (permute_rows<bf16, 1, true>)) \
-  X(permute_merge_rows_kernel_f16, PermuteTask, (permute_rows<f16, 8, true>))    \
-  X(permute_merge_rows_kernel_f16_1, PermuteTask, (permute_rows<f16, 1, true>))  \
+#define FM_PERMUTE(X)                                                              \
+  X(permute_rows_kernel_16, PermuteTask, (permute_rows<u16, 8, false>))            \
+  X(permute_rows_kernel_8, PermuteTask, (permute_rows<u16, 4, false>))             \
+  X(permute_rows_kernel_4, PermuteTask, (permute_rows<u16, 2, false>))             \
+  X(permute_rows_kernel_2, PermuteTask, (permute_rows<u16, 1, false>))             \
+  X(permute_columns_kernel_4, PermuteTask, (permute_columns<u32, false>))          \
+  X(permute_columns_kernel_2, PermuteTask, (permute_columns<u16, false>))          \
+  X(permute_merge_rows_kernel_f32, PermuteTask, (permute_rows<float, 4, true>))    \
+  X(permute_merge_rows_kernel_f32_1, PermuteTask, (permute_rows<float, 1, true>))  \
+  X(permute_merge_rows_kernel_bf16, PermuteTask, (permute_rows<bf16, 8, true>))    \
+  X(permute_merge_rows_kernel_bf16_1, PermuteTask, (permute_rows<bf16, 1, true>))  \
+  X(permute_merge_rows_kernel_f16, PermuteTask, (permute_rows<f16, 8, true>))      \
+  X(permute_merge_rows_kernel_f16_1, PermuteTask, (permute_rows<f16, 1, true>))    \
   X(permute_merge_columns_kernel_f32, PermuteTask, (permute_columns<float, true>)) \
   X(permute_merge_columns_kernel_bf16, PermuteTask, (permute_columns<bf16, true>)) \
-  X(permute_merge_columns_kernel_f16, PermuteTask, (permute_columns<f16, true>)) \
-  X(permute_cycles_kernel_16, CycleTask, (permute_cycles<uint4>))                \
-  X(permute_cycles_kernel_2, CycleTask, (permute_cycles<u16>))                   \
+  X(permute_merge_columns_kernel_f16, PermuteTask, (permute_columns<f16, true>))   \
+  X(permute_cycles_kernel_16, CycleTask, (permute_cycles<uint4>))                  \
+  X(permute_cycles_kernel_2, CycleTask, (permute_cycles<u16>))                     \
   X(check_permutation_kernel, CheckTask, check_permutation)
 FM_PERMUTE(FM_KERNEL)

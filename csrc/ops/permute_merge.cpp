@@ -77,41 +77,49 @@ inline void combine_halves(const bf16* b, const bf16* x, float wb, float wx, bf1
 // One step where the three tensors share a dtype of 16 or 32 bits: nothing is copied between.
 inline bool combine_same(Dtype type, const void* base, const void* other, float wb, float wx, void* y, std::int64_t n) {
   switch (type) {
-    case Dtype::bf16: combine_halves(static_cast<const bf16*>(base), static_cast<const bf16*>(other), wb, wx, static_cast<bf16*>(y), n); return true;
-    case Dtype::f16: combine_halves(static_cast<const f16*>(base), static_cast<const f16*>(other), wb, wx, static_cast<f16*>(y), n); return true;
-    case Dtype::f32: combine(static_cast<const float*>(base), static_cast<const float*>(other), wb, wx, static_cast<float*>(y), n); return true;
+    case Dtype::bf16:
+      combine_halves(static_cast<const bf16*>(base), static_cast<const bf16*>(other), wb, wx, static_cast<bf16*>(y), n);
+      return true;
+    case Dtype::f16:
+      combine_halves(static_cast<const f16*>(base), static_cast<const f16*>(other), wb, wx, static_cast<f16*>(y), n);
+      return true;
+    case Dtype::f32:
+      combine(static_cast<const float*>(base), static_cast<const float*>(other), wb, wx, static_cast<float*>(y), n);
+      return true;
     case Dtype::f64: break;
   }
   return false;
 }
 
 template <class C>
-void run(std::uintptr_t out, Dtype out_type, std::uintptr_t base, Dtype base_type, std::uintptr_t other, Dtype other_type,
-         std::int64_t n, const Axes& axes, double weight, bool stream, int threads) {
+void run(std::uintptr_t out, Dtype out_type, std::uintptr_t base, Dtype base_type, std::uintptr_t other,
+         Dtype other_type, std::int64_t n, const Axes& axes, double weight, bool stream, int threads) {
   const std::int64_t narrow = size_of(base_type), wide = size_of(out_type);
   const C wb = static_cast<C>(1.0 - weight), wx = static_cast<C>(weight);
   const bool same = base_type == out_type && other_type == out_type;
   const Gather from(axes, size_of(other_type));
-  gather_all(from, other, size_of(other_type), n, threads, [&](std::int64_t at, const void* source, std::int64_t m, std::int64_t soon) {
-    alignas(64) unsigned char rounded[kStep * sizeof(double)];
-    alignas(64) C b[kStep], x[kStep];
-    auto* target = pointer<unsigned char>(out) + at * wide;
-    const auto* left = pointer<const unsigned char>(base) + at * narrow;
-    void* y = stream ? rounded : target;
-    prefetch_range(pointer<const unsigned char>(base) + soon * narrow, m * narrow);
-    if (!(same && combine_same(out_type, left, source, wb, wx, y, m))) {
-      const auto address = reinterpret_cast<std::uintptr_t>(source);
-      combine(load_block(base_type, base, at, m, b), load_block(other_type, address, 0, m, x), wb, wx, b, m);
-      store_block(out_type, reinterpret_cast<std::uintptr_t>(y), 0, m, b);
-    }
-    if (stream) stream_out(target, rounded, m * wide);
-  });
+  gather_all(from, other, size_of(other_type), n, threads,
+             [&](std::int64_t at, const void* source, std::int64_t m, std::int64_t soon) {
+               alignas(64) unsigned char rounded[kStep * sizeof(double)];
+               alignas(64) C b[kStep], x[kStep];
+               auto* target = pointer<unsigned char>(out) + at * wide;
+               const auto* left = pointer<const unsigned char>(base) + at * narrow;
+               void* y = stream ? rounded : target;
+               prefetch_range(pointer<const unsigned char>(base) + soon * narrow, m * narrow);
+               if (!(same && combine_same(out_type, left, source, wb, wx, y, m))) {
+                 const auto address = reinterpret_cast<std::uintptr_t>(source);
+                 combine(load_block(base_type, base, at, m, b), load_block(other_type, address, 0, m, x), wb, wx, b, m);
+                 store_block(out_type, reinterpret_cast<std::uintptr_t>(y), 0, m, b);
+               }
+               if (stream) stream_out(target, rounded, m * wide);
+             });
 }
 
 void permute_merge(std::uintptr_t out, int out_type, std::uintptr_t base, int base_type, std::uintptr_t other,
                    int other_type, std::int64_t n, const Axes& axes, double weight, bool stream, int threads) {
   const auto o = static_cast<Dtype>(out_type), b = static_cast<Dtype>(base_type), x = static_cast<Dtype>(other_type);
-  (any_f64({b, x}) ? run<double> : run<float>)(out, o, base, b, other, x, n, axes, weight, stream && out != base, threads);
+  (any_f64({b, x}) ? run<double> : run<float>)(out, o, base, b, other, x, n, axes, weight, stream && out != base,
+                                               threads);
 }
 
 }  // namespace

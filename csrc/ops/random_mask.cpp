@@ -1,7 +1,8 @@
 // random_mask: keep each element with a probability, the same for all or by its rank within the row.
 //
-// Story: the draws are counter-based (common/philox.h), so any piece of the mask is computed on its own, one Philox call for
-// eight elements. By rank (DELLA), a row's keys are sorted once by radix and each element gets the limit of its rank.
+// Story: the draws are counter-based (common/philox.h), so any piece of the mask is computed on its own, one Philox
+// call for eight elements. By rank (DELLA), a row's keys are sorted once by radix and each element gets the limit of
+// its rank.
 #include "common/export.h"
 #include "common/keys.h"
 #include "common/parallel.h"

@@ -24,12 +24,12 @@ Rules pairs(const std::vector<Rule>& rules) {
 class ThresholdSelector {
  public:
   ThresholdSelector(std::int64_t n, const Targets& targets, bool f64) : selector_(make_selector(n, targets, f64)) {}
-  void sample(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models, const std::vector<int>& types,
-              std::int64_t n) {
+  void sample(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
+              const std::vector<int>& types, std::int64_t n) {
     selector_->sample(make_deltas(base, base_type, models, types), n);
   }
-  void feed(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models, const std::vector<int>& types,
-            std::int64_t offset, std::int64_t n, int threads) {
+  void feed(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
+            const std::vector<int>& types, std::int64_t offset, std::int64_t n, int threads) {
     selector_->feed(make_deltas(base, base_type, models, types), offset, n, threads);
   }
   std::vector<std::pair<std::int64_t, std::int64_t>> advance(int threads) {

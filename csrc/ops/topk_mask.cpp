@@ -1,13 +1,13 @@
 // topk_mask: the mask of the k largest magnitudes, of a whole tensor by its threshold, or of every row.
 //
 // Story: the pass that looks for the threshold (common/selector.h) knows from a sample what is surely above it, so it
-// writes the mask as it goes, and the few elements inside the bracket are set once the threshold is known: one read of x.
-// Heavy ties need the threshold first; the mask is then one integer compare per element, and ties to the lowest index cost
-// nothing: the rule is one compare on either side of the last kept tie, so the block that holds it is cut in two.
-// A row sits in L1, so its threshold is selected there and its mask written in the same visit.
+// writes the mask as it goes, and the few elements inside the bracket are set once the threshold is known: one read of
+// x. Heavy ties need the threshold first; the mask is then one integer compare per element, and ties to the lowest
+// index cost nothing: the rule is one compare on either side of the last kept tie, so the block that holds it is cut in
+// two. A row sits in L1, so its threshold is selected there and its mask written in the same visit.
 #include "common/export.h"
-#include "common/parallel.h"
 #include "common/keys.h"
+#include "common/parallel.h"
 #include "common/sample.h"
 #include "common/select.h"
 #include "common/stream.h"
@@ -36,8 +36,14 @@ FM_SIMD void compare(const std::uint64_t* key, std::int64_t t, std::uint8_t* out
   for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<std::int64_t>(key[i]) > t;
 }
 
-template <class T> struct ComputeOf { using type = float; };
-template <> struct ComputeOf<double> { using type = double; };
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
 
 void rule_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, std::uint64_t key, std::int64_t index,
                int threads) {
@@ -63,7 +69,8 @@ void rule_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, s
 void topk_mask(std::uintptr_t out, std::uintptr_t x, int type, std::int64_t n, std::int64_t k, int threads) {
   const Deltas d = make_deltas(0, 0, {x}, {type});
   bool marked = false;
-  const Rule rule = (d.f64() ? select_rules<double> : select_rules<float>)(d, n, {{0, k}}, threads, pointer<std::uint8_t>(out), &marked)[0];
+  const Rule rule = (d.f64() ? select_rules<double> : select_rules<float>)(d, n, {{0, k}}, threads,
+                                                                           pointer<std::uint8_t>(out), &marked)[0];
   if (!marked) rule_mask(out, x, type, n, rule.key, rule.index, threads);
 }
 

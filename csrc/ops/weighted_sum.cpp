@@ -1,10 +1,10 @@
 // weighted_sum: out = base + scale * (sum_i w_i (model_i - base)) / D, or the same without a base.
 //
-// Story: the sum is bound by memory, so the whole cost is reading K + 1 streams once. With AVX-512 the sums of 64 elements
-// stay in registers while every model passes by in list order, so that all streams advance together and the prefetchers
-// keep up with all of them. Elsewhere (and in double) the sum of a block of 2048 elements stays in L1 and each model is
-// folded into it. Either way a model is read in its own dtype, no mix needs a kernel of its own, and elements are rounded
-// once on the way out, past the cache when the result is large.
+// Story: the sum is bound by memory, so the whole cost is reading K + 1 streams once. With AVX-512 the sums of 64
+// elements stay in registers while every model passes by in list order, so that all streams advance together and the
+// prefetchers keep up with all of them. Elsewhere (and in double) the sum of a block of 2048 elements stays in L1 and
+// each model is folded into it. Either way a model is read in its own dtype, no mix needs a kernel of its own, and
+// elements are rounded once on the way out, past the cache when the result is large.
 #include "common/block.h"
 #include "common/export.h"
 #include "common/parallel.h"
@@ -15,18 +15,18 @@ namespace fastmerge {
 namespace {
 
 // One model into the sum, read in its own dtype T; the compute type C is float, or double where an input is double.
-#define FASTMERGE_FOLD(T, C, WIDE)                                                                        \
-  FM_SIMD void fold_delta(C* acc, const T* x, const C* base, C w, bool first, std::int64_t n) {            \
-    if (first)                                                                                              \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] = (WIDE(x[i]) - base[i]) * w;                             \
-    else                                                                                                    \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] += (WIDE(x[i]) - base[i]) * w;                            \
-  }                                                                                                         \
-  FM_SIMD void fold(C* acc, const T* x, C w, bool first, std::int64_t n) {                                  \
-    if (first)                                                                                              \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] = WIDE(x[i]) * w;                                         \
-    else                                                                                                    \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] += WIDE(x[i]) * w;                                        \
+#define FASTMERGE_FOLD(T, C, WIDE)                                                              \
+  FM_SIMD void fold_delta(C* acc, const T* x, const C* base, C w, bool first, std::int64_t n) { \
+    if (first)                                                                                  \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] = (WIDE(x[i]) - base[i]) * w;                 \
+    else                                                                                        \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] += (WIDE(x[i]) - base[i]) * w;                \
+  }                                                                                             \
+  FM_SIMD void fold(C* acc, const T* x, C w, bool first, std::int64_t n) {                      \
+    if (first)                                                                                  \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] = WIDE(x[i]) * w;                             \
+    else                                                                                        \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] += WIDE(x[i]) * w;                            \
   }
 FASTMERGE_FOLD(float, float, to_float)
 FASTMERGE_FOLD(bf16, float, to_float)
@@ -67,7 +67,8 @@ FM_AVX512 void sum_avx512(const Sum& s, std::int64_t begin, std::int64_t end, bo
   const std::size_t models = s.weight.size();
   const std::uintptr_t* in = s.in.data() + (kBase ? 1 : 0);
   const Dtype* type = s.types.data() + (kBase ? 1 : 0);
-  const __m512 divisor = _mm512_set1_ps(static_cast<float>(s.divisor)), scale = _mm512_set1_ps(static_cast<float>(s.scale));
+  const __m512 divisor = _mm512_set1_ps(static_cast<float>(s.divisor)),
+               scale = _mm512_set1_ps(static_cast<float>(s.scale));
   const bool divides = s.normalize && s.divisor != 1.0, scales = s.scale != 1.0, adds = kBase && s.add_base;
   T* out = reinterpret_cast<T*>(s.out);
   stream = stream && (reinterpret_cast<std::uintptr_t>(out + begin) & 63) == 0;
@@ -114,15 +115,16 @@ std::int64_t sum_wide(const Sum& s, std::int64_t begin, std::int64_t end, bool s
 
 template <class C>
 void run(std::uintptr_t out, Dtype out_type, const std::vector<std::uintptr_t>& in, const std::vector<Dtype>& types,
-         std::int64_t n, bool has_base, bool add_base, const std::vector<double>& weight, bool normalize, double divisor,
-         double scale, int threads) {
+         std::int64_t n, bool has_base, bool add_base, const std::vector<double>& weight, bool normalize,
+         double divisor, double scale, int threads) {
   const bool stream = n * size_of(out_type) >= kStreamBytes;
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) C base[kBlock], acc[kBlock];
     alignas(64) unsigned char rounded[kBlock * sizeof(double)];
 #ifdef FASTMERGE_AVX512
     if constexpr (std::is_same_v<C, float>)
-      begin = sum_wide({out, out_type, in, types, has_base, add_base, normalize, weight, divisor, scale}, begin, end, stream);
+      begin = sum_wide({out, out_type, in, types, has_base, add_base, normalize, weight, divisor, scale}, begin, end,
+                       stream);
 #endif
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const std::int64_t m = std::min<std::int64_t>(kBlock, end - at);

@@ -1,12 +1,13 @@
 // zip_match: ZipIt's greedy matching of 2n features, the same merges in the same order as the published O(n^3) loop.
 //
-// Story: the published loop takes the argmax of the whole matrix and copies it without one row and column, n times. Here
-// nothing moves. The matrix is symmetric, so only pairs (i, j) with i < j are kept, row by row; deleted features leave
-// -inf behind, and since deletion keeps order, "first in the flattened matrix" is "lowest (i, j)". Every row carries a
-// tree of maxima over its columns, 16 children to a node and in the same memory as the row, so that one changed entry
-// costs at most 16 reads per level, and the first position of a maximum is found by walking down. A merge (r, c) rewrites
-// row r (rebuilt in O(n)) and one entry of columns r and c in each lower row: O(n log n) a merge, O(n^2 log n) in all,
-// whatever the data. Rows are padded off powers of two, or every column access would fall into one cache set.
+// Story: the published loop takes the argmax of the whole matrix and copies it without one row and column, n times.
+// Here nothing moves. The matrix is symmetric, so only pairs (i, j) with i < j are kept, row by row; deleted features
+// leave -inf behind, and since deletion keeps order, "first in the flattened matrix" is "lowest (i, j)". Every row
+// carries a tree of maxima over its columns, 16 children to a node and in the same memory as the row, so that one
+// changed entry costs at most 16 reads per level, and the first position of a maximum is found by walking down. A merge
+// (r, c) rewrites row r (rebuilt in O(n)) and one entry of columns r and c in each lower row: O(n log n) a merge, O(n^2
+// log n) in all, whatever the data. Rows are padded off powers of two, or every column access would fall into one cache
+// set.
 #include <algorithm>
 #include <cstdint>
 #include <limits>

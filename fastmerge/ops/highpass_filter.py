@@ -54,8 +54,8 @@ def highpass_filter(
 
     A matrix with a NaN or an Inf becomes NaN as a whole; a mask that keeps every bin with gain 1 returns x unchanged.
 
-    Numerics: class B on the CPU (same bits for any batch and number of kernel threads of one build and CPU type; MKL may
-    transform short rows, 64 elements say, otherwise when torch itself is set to one thread), tolerance across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
+    Numerics: class B on the CPU (same bits for any batch and number of threads, of one build and CPU type), tolerance
+        across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
     Cost: one real FFT pair, about 5·HW·log2(HW) flops. CPU workspace, in float32: one panel of the spectrum, plus the
         removed columns where only few columns are touched, plus H·W where `out` is not float32 (README of the op:
         docs/performance.md).
@@ -101,6 +101,25 @@ def _accompanied(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return transform(x) if x.shape[0] > 1 else transform(torch.cat([x, x]))[:1]
 
 
+_SHORT = 64  # rows up to this long: MKL's real transforms have other bits with one thread than with several
+
+
+def _rfft(rows: Tensor) -> Tensor:
+    """[n, W] -> [n, W // 2 + 1], the same bits for any number of threads."""
+    width = rows.shape[1]
+    if width > _SHORT:
+        return _accompanied(torch.fft.rfft, rows)
+    return _accompanied(torch.fft.fft, torch.complex(rows, torch.zeros_like(rows)))[:, : width // 2 + 1].contiguous()
+
+
+def _irfft(half: Tensor, width: int) -> Tensor:
+    """[n, W // 2 + 1] -> [n, W], the same bits for any number of threads."""
+    if width > _SHORT:
+        return _accompanied(lambda t: torch.fft.irfft(t, n=width), half)
+    mirrored = half[:, 1 : (width + 1) // 2].flip(-1).conj()
+    return _accompanied(torch.fft.ifft, torch.cat([half, mirrored], 1)).real.contiguous()
+
+
 @highpass_filter.backend("cpu", when=lambda x, *_, **__: _native.cpu_why_not(x))
 def _highpass_filter_cpu(
     x: Tensor,
@@ -140,7 +159,7 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
 
     spectrum = _native.fresh((rows.shape[0] // height * count, height), complex_dtype)  # [G C, H]
     for a, b in _blocks(rows.shape[0], row_block):
-        block = _accompanied(torch.fft.rfft, rows[a:b].to(compute))  # [b - a, W // 2 + 1]
+        block = _rfft(rows[a:b].to(compute))  # [b - a, W // 2 + 1]
         getattr(native, f"highpass_gather_{suffix}")(
             block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
         )
@@ -160,7 +179,7 @@ def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
         getattr(native, f"highpass_scatter_{suffix}")(
             block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
         )
-        part = _accompanied(lambda t: torch.fft.irfft(t, n=plan.width), block)  # [b - a, W]
+        part = _irfft(block, plan.width)  # [b - a, W]
         x = None if keep else rows[a:b].contiguous()
         getattr(native, f"highpass_finish_{suffix}")(
             address(out, a), _native.DTYPES[out.dtype], 0 if x is None else x.data_ptr(),

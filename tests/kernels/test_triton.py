@@ -1,13 +1,13 @@
 """The Triton kernels on a machine without a GPU: interpreted against the references, and compiled for real targets.
 
-Both happen in processes of their own, started together: the interpreter has to be chosen before Triton is imported.
+Both happen in processes of their own (conftest.py starts them): the interpreter has to be chosen before Triton is
+imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,34 +32,15 @@ TIMEOUT = 900  # seconds; a hang must end, a loaded machine may be slow
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "FASTMERGE_BACKEND", "PYTEST"))}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment["OMP_NUM_THREADS"] = "1"
-
-    def start(command: list[str], name: str, **extra: str) -> subprocess.Popen[str]:
-        with (folder / name).open("w") as out:
-            return subprocess.Popen(
-                [sys.executable, *command], cwd=HERE.parent.parent, env=environment | extra,
-                stdout=out, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-
-    running = {
-        "aot": start([str(HERE / "triton_aot.py"), "--out", str(folder / "table.json")], "aot",
-                     TRITON_CACHE_DIR=str(folder / "cache")),
-        "interpreted": start(["-m", "pytest", "-q", str(HERE / "triton_interpreted")], "interpreted",
-                             TRITON_INTERPRET="1"),
-    }  # fmt: skip
+def processes(triton_processes):
+    """(folder, finish): finish("aot" | "interpreted") waits and returns (exit code, output)."""
+    folder, running = triton_processes
 
     def finish(name: str) -> tuple[int, str]:
         code = running[name].wait(TIMEOUT)
         return code, (folder / name).read_text()
 
-    yield folder, finish
-    for process in running.values():
-        process.kill()
-        process.wait()
+    return folder, finish
 
 
 def test_kernels_agree_with_the_references_in_the_interpreter(processes):

@@ -154,9 +154,11 @@ def test_backends_agree_with_the_reference():
     assert check_op(highpass_filter, backends=["cpu"]) >= 100
 
 
-@pytest.mark.parametrize("shape", [(700, 512), (2, 301, 480), (3, 1117, 24), (40, 33, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(700, 512), (2, 301, 480), (3, 1117, 24), (40, 33, 64), (9, 12, 7), (5, 8, 8)], ids=str
+)
 @pytest.mark.parametrize("mode", [("radial", 0.1, False), ("disc_min", 0.7, True), ("disc_max", 0.3, False)], ids=str)
-def test_same_bits_for_any_batch_and_kernel_threads(shape, mode):
+def test_same_bits_for_any_batch_and_number_of_threads(shape, mode):
     mask, cutoff, ring = mode
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 1e-3
 
@@ -167,6 +169,13 @@ def test_same_bits_for_any_batch_and_kernel_threads(shape, mode):
     for limit in (1, 2, 3):  # threads also decide how many transforms go into one block
         with _native.limit_threads(limit):
             assert_same_bits(run(x), want)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same_bits(run(x), want)
+    finally:
+        torch.set_num_threads(before)
     matrices = x.reshape(-1, *shape[-2:])
     alone = torch.stack([run(m) for m in matrices])
     assert_same_bits(alone, want.reshape(alone.shape))
