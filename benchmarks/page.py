@@ -30,6 +30,7 @@ svg .soft { fill: #4a5563; font-size: 12px; } svg .grid { stroke: #e3e7ec; } svg
 table { border-collapse: collapse; font-size: .88rem; width: 100%; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e7ec; text-align: left; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 thead th { border-bottom: 2px solid #8b95a1; } tbody tr:hover { background: #f5f7fa; }
+details { margin-top: 1rem; }
 ul.runs { list-style: none; padding: 0; } ul.runs li { margin: .3rem 0; } .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
 """
 
@@ -160,7 +161,7 @@ def _open(width: int, height: int, title: str) -> str:
 def _bars(runs: Sequence[Run]) -> str:
     best = [{(r.op, r.variant): r for r in _best(rows)} for *_, rows in runs]
     keys = list(dict.fromkeys(k for b in best for k in b))
-    bar, gap, left, right = 13, 12, 330, 90
+    bar, gap, left, right = 16, 12, 330, 90
     group = bar * len(runs) + gap
     width, height = 1000, 26 + group * len(keys) + 8
     top = max([100.0, *(100 * (r.of_ceiling or 0) for b in best for r in b.values())])

@@ -1,10 +1,10 @@
 """Whole merges side by side, fastmerge, mergekit and plain PyTorch: wall, CPU seconds, peak memory, and agreement.
 
 python -m fastmerge.benchmarks.merges.peers FOLDER [METHOD ...] [--all] [--layers N] [--hidden N] [--vocabulary N]
-    [--mergekit PYTHON] [--programs NAME ...] [--repeat N] [--save rows.jsonl] [--memory]
+    [--mergekit PYTHON] [--fusion-bench PYTHON] [--programs NAME ...] [--repeat N] [--save rows.jsonl] [--memory]
 
 Makes base and four models under FOLDER once (checkpoints.py; 1.01 GB each without options), and a virtual environment for
-mergekit unless one is given. Every merge is a process of its own, started as a user would, on a warm page cache; CPU
+mergekit unless one is given; FusionBench takes part where its environment is given. Every merge is a process of its own, started as a user would, on a warm page cache; CPU
 seconds and peak resident memory are the kernel's (wait4), so that a program's count includes the input pages it maps.
 Agreement: |difference| / |merged - base| (RMS) of the results with one another, and with plain.py's formula in float64.
 Random methods draw differently everywhere: for them the table says how long each merged delta is instead.
@@ -65,7 +65,8 @@ METHODS: dict[str, Scenario] = {
     "passthrough": Scenario(base=False, models=1),
 }
 DEFAULT = ("linear", "task_arithmetic", "ties")
-PROGRAMS = ("mergekit", "plain", "fastmerge")
+PROGRAMS = ("mergekit", "fusion_bench", "plain", "fastmerge")
+FUSION = ("linear", "task_arithmetic", "ties")  # what fusion.py can do
 
 
 @dataclass
@@ -133,7 +134,7 @@ def warm(folder: Path) -> int:
     return total
 
 
-def measure(method: str, program: str, folder: Path, mergekit: Path | None) -> Row:
+def measure(method: str, program: str, folder: Path, mergekit: Path | None, fusion: Path | None = None) -> Row:
     scenario, out = METHODS[method], folder / f"out-{program}-{method}"
     shutil.rmtree(out, ignore_errors=True)
     inputs = [*(["base"] if scenario.base else []), *_models(scenario)]
@@ -142,6 +143,9 @@ def measure(method: str, program: str, folder: Path, mergekit: Path | None) -> R
         assert mergekit is not None
         command = [str(mergekit.with_name("mergekit-yaml")), str(recipe(method, program, folder)), str(out)]
         command += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+    elif program == "fusion_bench":
+        command = [str(fusion), str(Path(__file__).with_name("fusion.py")), method, json.dumps(scenario.parameters)]
+        command += [str(out), str(folder / inputs[0]), *(str(folder / name) for name in _models(scenario))]
     elif program == "plain":
         command = [sys.executable, "-m", "fastmerge.benchmarks.merges.plain", method, json.dumps(scenario.parameters)]
         command += [str(out), str(folder / inputs[0]), *(str(folder / name) for name in _models(scenario))]
@@ -235,11 +239,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--mergekit", type=Path, help="the python of an environment that has mergekit")
+    parser.add_argument("--fusion-bench", type=Path, help="the python of an environment that has fusion-bench")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the one with the least CPU seconds counts")
     parser.add_argument("--save", type=Path, help="append rows to this JSONL file")
     parser.add_argument("--memory", action="store_true", help="fastmerge's peak over growing models instead")
     parser.add_argument("--agree", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     folder = given.folder.absolute()
     if given.agree:  # in a process of its own, as _checkpoints says
         outs = {program: Path(out) for program, out in json.loads(given.agree).items()}
@@ -263,8 +268,11 @@ def main() -> None:
     for method in methods:
         rows: dict[str, Row] = {}
         for program in given.programs:
+            if program == "fusion_bench" and (given.fusion_bench is None or method not in FUSION):
+                continue
             rows[program] = min(
-                (measure(method, program, folder, mergekit) for _ in range(given.repeat)), key=lambda r: r.cpu_s
+                (measure(method, program, folder, mergekit, given.fusion_bench) for _ in range(given.repeat)),
+                key=lambda r: r.cpu_s,
             )
         ours = rows.get("fastmerge")
         for program, row in rows.items():

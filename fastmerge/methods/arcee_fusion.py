@@ -43,7 +43,8 @@ def _(tensor: TensorStream, plan: Any) -> Importance:
 
     def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         assert base is not None
-        rows = _divergence(base.reshape(-1, row).to(tensor.compute), models[0].reshape(-1, row).to(tensor.compute))
+        # In float64: the terms of a fine-tune's divergence are a thousand times their sum, which float32 would blur.
+        rows = _divergence(base.reshape(-1, row).double(), models[0].reshape(-1, row).double()).to(tensor.compute)
         divergence[offset // row : offset // row + len(rows)] = rows.unbind()
 
     tensor.for_each(visit, align=row)
