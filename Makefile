@@ -4,10 +4,11 @@ VENV ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+PEER_ARGS ?= --all --layers 1 --vocabulary 16000
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: setup demo check format test test-gpu bench wheel clean
+.PHONY: setup demo check format test test-gpu bench bench-pytest wheel clean
 
 setup: $(VENV)/installed  ## a virtual environment with fastmerge and all its tools
 
@@ -23,6 +24,7 @@ demo: setup  ## train small networks on real images, merge them by every method,
 check: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: setup  ## rewrite sources in the project's style
@@ -36,8 +38,12 @@ test: setup  ## all tests that need no GPU
 test-gpu: setup  ## the tests that need one
 	$(BIN)/python -m pytest -q -m gpu $(TEST_ARGS)
 
-bench: setup  ## operators against their references and the machine's limits
+bench: setup  ## operators against their references and the machine's limits, and small merges against other programs
 	$(BIN)/python -m fastmerge.benchmarks.run $(BENCH_ARGS)
+	$(BIN)/python -m fastmerge.benchmarks.merges.peers build/peers $(PEER_ARGS)
+
+bench-pytest: setup  ## the operators' declarations under pytest-benchmark
+	$(BIN)/python -m pytest -o addopts= --import-mode=importlib benchmarks/test_operators.py --benchmark-only $(BENCH_ARGS)
 
 wheel: setup  ## dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -33,6 +33,9 @@ class Bench:
     variants: tuple[Variant, ...]
     rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     setup: Callable[[tuple[Any, ...]], None] | None = None  # undoes what an in-place operator did, untimed
+    cupy: Mapping[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # rivals that take the arguments as CuPy arrays
 
 
 def randn(

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import json
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastmerge import ops
+from fastmerge import _cupy, ops
 from fastmerge._dispatch import REFERENCE, Op
+from fastmerge.errors import BadInput
 
+from . import gpu
 from . import ops as declarations
 from .declare import Bench, Variant
+from .schema import Row, append
 from .timing import Times, ceilings, environment, side_by_side
 
-SCHEMA = 1
+COLUMNS = ("cpu", "triton", "cuda", "cupy")  # a backend that an operator lacks is reported as such
 
 
 def names() -> list[str]:
@@ -48,7 +52,7 @@ def gate(op: Op[..., Any], device: torch.device) -> list[str]:
             for name in op.backends:
                 if op.why_not(name, *again, **more) is None:
                     got = op(*_clone(again), backend=name, **_clone(more))
-                    if not _agree(got, want, op):
+                    if not _agree(got, want, op.numerics):
                         wrong.append(f"{op.name} [{name}] {case.name}, {dtype}")
     return wrong
 
@@ -71,75 +75,146 @@ def _map(value: Any, f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def _agree(got: Any, want: Any, op: Op[..., Any]) -> bool:
+def _agree(got: Any, want: Any, numerics: str) -> bool:
     if isinstance(want, torch.Tensor):
+        dtype = want.dtype
         if got.shape != want.shape or got.dtype != want.dtype:
             return False
-        if op.numerics == "A" or not want.is_floating_point():
+        if numerics == "A" or not want.is_floating_point():
             return bool(torch.equal(torch.nan_to_num(got), torch.nan_to_num(want)))
-        scale = float(want.double().square().mean().sqrt()) if want.numel() else 0.0
-        error = float((got.double() - want.double()).square().mean().sqrt()) if want.numel() else 0.0
-        return (
-            error <= 1e-2 * (scale or 1.0)
-            if want.dtype in (torch.bfloat16, torch.float16)
-            else error <= 1e-4 * (scale or 1.0)
-        )
+        if not torch.equal(got.isnan(), want.isnan()) or not torch.equal(got.isinf(), want.isinf()):
+            return False
+        finite = want.isfinite()
+        want, got = want[finite].double(), got[finite].double()
+        scale = float(want.square().mean().sqrt()) if want.numel() else 0.0
+        error = float((got - want).square().mean().sqrt()) if want.numel() else 0.0
+        return error <= (1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4) * (scale or 1.0)
     if isinstance(want, (list, tuple)):
-        return len(got) == len(want) and all(_agree(g, w, op) for g, w in zip(got, want, strict=True))
+        return len(got) == len(want) and all(_agree(g, w, numerics) for g, w in zip(got, want, strict=True))
     return bool(got == want)
 
 
 def measure(
-    bench: Bench, variant: Variant, device: torch.device, limits: dict[str, float], budget: float
-) -> Iterator[dict[str, Any]]:
-    """Rows of one variant: every backend that can run it, the reference, the rivals; skipped ones with the reason."""
+    bench: Bench,
+    variant: Variant,
+    device: torch.device,
+    limits: dict[str, float],
+    env: dict[str, Any],
+    *,
+    budget: float = 1.0,
+    compiled: bool = False,
+    runtime: gpu.Runtime | None = None,
+) -> Iterator[Row]:
+    """Rows of one variant: every backend that can run it, the reference, the rivals; the others with the reason."""
     op: Op[..., Any] = getattr(ops, bench.op)
     args, kwargs = variant.make(device)
-    calls: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[..., Any]] = {}
     reasons: dict[str, str] = {}
-    for name in [*op.backends, REFERENCE]:
+    for name in dict.fromkeys([*op.backends, *COLUMNS, REFERENCE]):
         reason = op.why_not(name, *args, **kwargs)
         if reason is None:
-            calls[name] = lambda name=name: op(*args, backend=name, **kwargs)
+            runs[name] = functools.partial(op, backend=name)
         else:
             reasons[name] = reason
-    for name, rival in bench.rivals.items():
-        calls[name] = lambda rival=rival: rival(*args, **kwargs)
-    reset = None if bench.setup is None else (lambda: bench.setup(args))  # type: ignore[misc]
-    times = side_by_side(calls, device, budget=budget, reset=reset)
+    try:
+        runs["torch.compile"] = _compiled(op, args, kwargs, bench) if compiled else _not_asked()
+    except Unable as error:
+        reasons["torch.compile"] = str(error)
+    runs |= bench.rivals
+    absent = (
+        _cupy.Runtime().why_not(device)
+        if device.type == "cuda"
+        else "CuPy's arrays are on a GPU, the inputs here on the CPU"
+    )
+    for name, rival in bench.cupy.items():
+        if absent is None:
+            runs[name] = functools.partial(_with_cupy, rival)
+        else:
+            reasons[name] = absent
+    reset = None if bench.setup is None else functools.partial(bench.setup, args)
+    calls = {name: functools.partial(run, *args, **kwargs) for name, run in runs.items() if name not in bench.cupy}
+    rotated = {
+        name: functools.partial(_rotated, run, args, kwargs, variant.bytes, runtime)
+        for name, run in runs.items()
+        if name not in bench.cupy
+    }
+    times = side_by_side(calls, runtime, budget=budget, reset=reset, rotated=rotated)
     for name in calls:
-        yield _row(bench, variant, name, times[name], times[REFERENCE], limits)
+        yield row(bench, variant, name, times[name], times[REFERENCE], limits, env)
     for name, reason in reasons.items():
-        yield {"op": bench.op, "variant": variant.name, "backend": name, "skipped": reason}
+        yield Row(op=bench.op, variant=variant.name, backend=name, skipped=reason, ceilings=limits, **env)
 
 
-def _row(
-    bench: Bench, variant: Variant, name: str, t: Times, reference: Times, limits: dict[str, float]
-) -> dict[str, Any]:
-    rate = variant.bytes / t.p50
-    return {
-        "op": bench.op, "variant": variant.name, "backend": name, "p20_s": t.p20, "p50_s": t.p50, "p80_s": t.p80, "calls": t.calls,
-        "bytes": variant.bytes, "flops": variant.flops, "bytes_per_s": rate, "of_copy": rate / limits["copy"],
-        "flops_per_s": variant.flops / t.p50, "speedup": reference.p50 / t.p50,
-    }  # fmt: skip
+class Unable(Exception):
+    """Why a comparator can not be timed."""
 
 
-def table(rows: Iterable[dict[str, Any]], title: str) -> Table:
+def _not_asked() -> Callable[..., Any]:
+    raise Unable("asked for with --compile, since compiling takes up to a minute for each size")
+
+
+def _compiled(op: Op[..., Any], args: Any, kwargs: Any, bench: Bench) -> Callable[..., Any]:
+    """The reference under torch.compile, if it compiles and still agrees; raises Unable."""
+    run: Callable[..., Any] = torch.compile(op.reference, dynamic=False)
+    again, more = _clone(args), _clone(kwargs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = run(*again, **more)
+    except Exception as error:  # the compiler's own, a missing C++ compiler's, ...
+        said = [line for line in str(error).splitlines() if line.strip()]
+        raise Unable(f"torch.compile fails: {type(error).__name__}: {said[0][:120] if said else ''}") from error
+    if not _agree(got, op.reference(*_clone(args), **_clone(kwargs)), "C"):
+        raise Unable("what torch.compile makes of the reference differs from it")
+    return run
+
+
+def _with_cupy(rival: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    import cupy
+
+    def convert(value: Any) -> Any:
+        return cupy.from_dlpack(value) if isinstance(value, torch.Tensor) else value
+
+    return rival(*map(convert, args), **{k: convert(v) for k, v in kwargs.items()})
+
+
+def _rotated(
+    run: Callable[..., Any], args: Any, kwargs: Any, nbytes: int, runtime: gpu.Runtime | None
+) -> list[Callable[[], Any]]:
+    """The call on enough copies of its inputs that no input is found in the L2 cache again."""
+    count = gpu.copies(nbytes, getattr(runtime, "l2_bytes", 64 << 20))
+    return [functools.partial(run, *_clone(args), **_clone(kwargs)) for _ in range(count)]
+
+
+def row(
+    bench: Bench, variant: Variant, name: str, t: Times, reference: Times, limits: dict[str, float], env: dict[str, Any]
+) -> Row:
+    """What one measurement says."""
+    moving, computing = variant.bytes / limits["copy"], variant.flops / limits["gemm"]
+    return Row(
+        op=bench.op, variant=variant.name, backend=name, timing=t.how, p20_s=t.p20, p50_s=t.p50, p80_s=t.p80, calls=t.calls,
+        bytes=variant.bytes, flops=variant.flops, bytes_per_s=variant.bytes / t.p50, flops_per_s=variant.flops / t.p50,
+        bound="memory" if moving >= computing else "compute", of_ceiling=max(moving, computing) / t.p50,
+        speedup=reference.p50 / t.p50, ceilings=limits, **env,
+    )  # fmt: skip
+
+
+def table(rows: Iterable[Row], title: str) -> Table:
     out = Table(title=title, title_justify="left")
-    for heading in ("variant", "backend", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "x reference"):
-        out.add_column(heading, justify="left" if heading in ("variant", "backend") else "right")
+    for heading in ("variant", "backend", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of ceiling", "x reference"):
+        out.add_column(heading, justify="left" if heading in ("variant", "backend") else "right", no_wrap=True)
     for r in rows:
-        if "skipped" not in r:
-            ms = [f"{r[k] * 1e3:.2f}" for k in ("p20_s", "p50_s", "p80_s")]
-            out.add_row(
-                r["variant"],
-                r["backend"],
-                *ms,
-                f"{r['bytes_per_s'] / 1e9:.1f}",
-                f"{100 * r['of_copy']:.0f}",
-                f"{r['speedup']:.1f}",
-            )
+        if r.p20_s and r.p50_s and r.p80_s and r.bytes_per_s and r.of_ceiling and r.speedup:
+            ms = [f"{seconds * 1e3:.2f}" for seconds in (r.p20_s, r.p50_s, r.p80_s)]
+            rates = [f"{r.bytes_per_s / 1e9:.1f}", f"{100 * r.of_ceiling:.0f}", f"{r.speedup:.1f}"]
+            out.add_row(r.variant, r.backend, *ms, *rates)
     return out
+
+
+def wide_console() -> Console:
+    """The terminal, or 120 columns where there is none: a table in a file is of use only in full."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def run(
@@ -148,38 +223,47 @@ def run(
     full: bool = False,
     device: str = "cpu",
     budget: float = 1.0,
+    compiled: bool = False,
     save: Path | None = None,
     console: Console | None = None,
-) -> list[dict[str, Any]]:
-    """Measure and print; returns the rows. Raises SystemExit(1) after naming what failed when a gate is red."""
-    console = console or Console()
+) -> list[Row]:
+    """Measure and print; returns the rows.
+
+    Raises: BadInput for an operator without a benchmark; SystemExit(1) after naming what failed when a gate is red.
+    """
+    console = console or wide_console()
     unknown = set(chosen) - set(names())
     if unknown:
-        raise SystemExit(f"no benchmark for {', '.join(sorted(unknown))}; there are {', '.join(names())}")
+        raise BadInput(
+            f"no benchmark for {', '.join(sorted(unknown))}", remedy=f"there are {', '.join(names())}; or: compare"
+        )
     where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput("no CUDA device can be used", remedy="fastmerge doctor says why; --device cpu needs none")
+    runtime = gpu.CudaRuntime(where) if where.type == "cuda" else None
+    limits, env = ceilings(where, runtime), environment(where)
     benches = [load(n) for n in chosen or names()]
     wrong = [w for b in benches for w in gate(getattr(ops, b.op), where)]
     if wrong:
         console.print("not timed: these disagree with the reference", *wrong, sep="\n  ")
         raise SystemExit(1)
-    limits, env = ceilings(where), environment(where)
     console.print(f"{env['device']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}")
-    console.print(
-        "ceilings: "
-        + ", ".join(
-            f"{k} {v / 1e9:.1f} {'GB/s' if k in ('copy', 'read', 'triad') else 'Gflop/s'}" for k, v in limits.items()
-        )
-    )
+    rates = {k: f"{v / 1e9:.1f} {'GB/s' if k in ('copy', 'read', 'triad') else 'Gflop/s'}" for k, v in limits.items()}
+    console.print("ceilings: " + ", ".join(f"{k} {v}" for k, v in rates.items()))
     rows = []
     for bench in benches:
-        mine = [r for v in bench.variants if full or v.quick for r in measure(bench, v, where, limits, budget)]
+        mine = [
+            r
+            for v in bench.variants
+            if full or v.quick
+            for r in measure(bench, v, where, limits, env, budget=budget, compiled=compiled, runtime=runtime)
+        ]
         console.print(table(mine, bench.op))
-        for name, reason in {r["backend"]: r["skipped"] for r in mine if "skipped" in r}.items():
+        for name, reason in {r.backend: r.skipped for r in mine if r.skipped}.items():
             console.print(f"  {name} not run: {reason}", highlight=False)
-        rows += [{"schema": SCHEMA, **r, "ceilings": limits, **env} for r in mine]
-    if save is not None:
-        with save.open("a") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
+        rows += mine
+        if save is not None:
+            append(save, mine)
     return rows
 
 
@@ -187,11 +271,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*")
     parser.add_argument("--full", action="store_true", help="all sizes")
+    parser.add_argument("--compile", action="store_true", help="the references under torch.compile too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per call and variant")
     parser.add_argument("--save", type=Path, help="append rows to this JSONL file")
     given = parser.parse_args()
-    run(given.ops, full=given.full, device=given.device, budget=given.budget, save=given.save)
+    run(
+        given.ops, full=given.full, compiled=given.compile, device=given.device, budget=given.budget, save=given.save
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

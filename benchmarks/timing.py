@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 
 import fastmerge
 from fastmerge import _native
+
+from . import gpu
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,16 @@ class Times:
     p50: float
     p80: float
     calls: int
+    how: str = "clock"  # or "events", "graph"
 
 
-def _percentiles(seconds: list[float]) -> Times:
+def _percentiles(seconds: list[float], how: str) -> Times:
     ordered = sorted(seconds)
     pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
-    return Times(pick(0.2), pick(0.5), pick(0.8), len(ordered))
+    return Times(pick(0.2), pick(0.5), pick(0.8), len(ordered), how)
 
 
-def _once(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
+def _once(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -48,41 +46,46 @@ def _once(call: Callable[[], Any], device: torch.device) -> float:
 
 def side_by_side(
     calls: Mapping[str, Callable[[], Any]],
-    device: torch.device,
+    runtime: gpu.Runtime | None = None,
     *,
     budget: float = 1.0,
     reset: Callable[[], None] | None = None,
+    rotated: Mapping[str, Callable[[], Sequence[Callable[[], Any]]]] | None = None,
 ) -> dict[str, Times]:
     """Time each call in turn, A B C A B C, for about `budget` seconds each, at least 3 and at most 50 rounds.
 
-    A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first. On CUDA
-    events are used and a 256 MB write between calls flushes the L2 cache.
+    A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first. With a
+    `runtime` the calls run on its device and are timed as benchmarks/gpu.py says, `rotated` giving the calls of a graph.
     """
-    flush = torch.empty(64 << 20, dtype=torch.float32, device=device) if device.type == "cuda" else None
+    once: dict[str, Callable[[], float]] = {}
+    how = dict.fromkeys(calls, "clock")
     cost = {}
     for name, call in calls.items():
         if reset is not None:
             reset()
-        call()
+        if runtime is None:
+            call()
+            once[name] = functools.partial(_once, call)
+        else:
+            plan = gpu.plan(runtime, call, (rotated or {}).get(name) if reset is None else None)
+            once[name], how[name] = functools.partial(plan.once, runtime), plan.how
         if reset is not None:
             reset()
-        cost[name] = _once(call, device)
+        cost[name] = once[name]()
     rounds = max(3, min(50, int(budget * len(calls) / max(sum(cost.values()), 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(rounds):
-        for name, call in calls.items():
+        for name in calls:
             # A call that alone eats the budget is not repeated more than three times.
             if r >= 3 and sum(seconds[name]) > 3 * budget:
                 continue
             if reset is not None:
                 reset()
-            if flush is not None:
-                flush.zero_()
-            seconds[name].append(_once(call, device))
-    return {name: _percentiles(s) for name, s in seconds.items()}
+            seconds[name].append(once[name]())
+    return {name: _percentiles(s, how[name]) for name, s in seconds.items()}
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device, runtime: gpu.Runtime | None = None) -> dict[str, float]:
     """What this machine can do, through torch: copy, read and triad in bytes/s, FFT and GEMM in flop/s."""
     n = 16 << 20  # 64 MiB of float32, beyond any cache
     a, b, c = (torch.ones(n, device=device) for _ in range(3))
@@ -95,7 +98,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "gemm": (lambda: torch.mm(x, y, out=z), 2.0 * 2048**3),
         "rfft2": (lambda: torch.fft.rfft2(x), 2.5 * 2048 * 2048 * 22),
     }
-    times = side_by_side({k: v[0] for k, v in calls.items()}, device, budget=0.3)
+    times = side_by_side({k: v[0] for k, v in calls.items()}, runtime, budget=0.3)
     return {name: amount / times[name].p20 for name, (_, amount) in calls.items()}
 
 
@@ -108,11 +111,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": _native.threads(),
         "fastmerge": fastmerge.__version__,
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

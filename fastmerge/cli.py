@@ -210,18 +210,31 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators; all without one.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OP]... | compare A.jsonl B.jsonl...", help="Operators; all without one."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="All sizes.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="The references under torch.compile too.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     budget: Annotated[float, typer.Option(min=0.01, help="Seconds per call and size.")] = 1.0,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Append the rows to this JSONL file.")] = None,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="compare: the page to write.")] = Path("bench.html"),
     debug: Debug = False,
 ) -> None:
-    """Time operators against their references and the machine's limits; nothing is timed that is wrong."""
+    """Time operators against their references and the machine's limits; nothing is timed that is wrong.
+
+    `bench compare A.jsonl B.jsonl` prints ratios between saved runs, and writes a page with rooflines and bars.
+    """
     with failing_politely(debug=debug, json=False):
+        if names and names[0] == "compare":
+            from .benchmarks.compare import compare
+
+            compare([Path(n) for n in names[1:]], html)
+            return
         from .benchmarks.run import run
 
-        run(names or (), full=full, device=device, budget=budget, save=save)
+        run(names or (), full=full, compiled=compile_, device=device, budget=budget, save=save)
 
 
 cli_align.register(app)

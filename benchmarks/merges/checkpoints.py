@@ -90,5 +90,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=128256)
     arguments = parser.parse_args()
-    print("\n".join(map(str, family(arguments.folder, arguments.models, layers=arguments.layers))))
+    made = family(
+        arguments.folder,
+        arguments.models,
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        vocabulary=arguments.vocabulary,
+    )
+    print("\n".join(map(str, made)))

@@ -10,6 +10,13 @@ def torch_pair(x, cutoff=None, *, mask="radial", ring_double=False, out=None):  
     return torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[-2:])
 
 
+def cupy_pair(x, cutoff=None, *, mask="radial", ring_double=False, out=None):  # type: ignore[no-untyped-def]
+    """The same pair with CuPy's cuFFT."""
+    import cupy
+
+    return cupy.fft.irfft2(cupy.fft.rfft2(x), s=x.shape[-2:])
+
+
 def _variant(name, shape, dtype=torch.float32, quick=True, **kwargs):  # type: ignore[no-untyped-def]
     def make(device):  # type: ignore[no-untyped-def]
         x = randn(*shape, dtype=dtype, scale=0.002, device=device)
@@ -40,4 +47,5 @@ BENCH = Bench(
         _variant("radial 0.1", (128256, 2048), quick=False),
     ),
     {"torch rfft2 + irfft2": torch_pair},
+    cupy={"cupy.fft": cupy_pair},
 )

@@ -24,6 +24,7 @@ from ._method import (
     method,
     registered,
 )
+from .arcee_fusion import arcee_fusion
 from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .dare import dare_linear, dare_ties
 from .della import della, della_linear
@@ -38,6 +39,8 @@ from .multislerp import multislerp
 from .nearswap import nearswap
 from .nuslerp import nuslerp
 from .passthrough import passthrough
+from .ram import ram, ramplus_tl
+from .sce import sce
 from .slerp import slerp
 from .task_arithmetic import task_arithmetic
 from .ties import ties
@@ -57,6 +60,7 @@ __all__ = [
     "Range",
     "TensorStream",
     "Weight",
+    "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
     "dare_linear",
@@ -78,6 +82,9 @@ __all__ = [
     "nearswap",
     "nuslerp",
     "passthrough",
+    "ram",
+    "ramplus_tl",
+    "sce",
     "slerp",
     "task_arithmetic",
     "ties",

@@ -137,6 +137,40 @@ slices:
       - {{model: {c}, layer_range: [2, 4], parameters: {{weight: 1}}}}
 parameters: {{density: [0.2, 0.8], normalize: true}}
 """,
+    "sce": """
+merge_method: sce
+base_model: {base}
+"""
+    + _THREE,
+    "sce, the elements that vary most": """
+merge_method: sce
+base_model: {base}
+"""
+    + _THREE
+    + """
+parameters: {{select_topk: 0.3}}
+""",
+    "ram": """
+merge_method: ram
+base_model: {base}
+"""
+    + _THREE
+    + """
+parameters: {{epsilon: 0.1}}
+""",
+    "ramplus_tl": """
+merge_method: ramplus_tl
+base_model: {base}
+"""
+    + _THREE
+    + """
+parameters: {{epsilon: 0.1, r: 0.5, alpha: 2}}
+""",
+    "arcee_fusion": """
+merge_method: arcee_fusion
+base_model: {base}
+models: [{{model: {a}}}]
+""",
 }
 
 
