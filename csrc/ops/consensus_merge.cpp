@@ -125,19 +125,20 @@ FM_INLINE void fused(const Hot<T>& h, std::int64_t n) {
 #define FASTMERGE_FUSED(K, T)                                                              \
   FM_SIMD void fused_##K##_##T(const Hot<T>& h, std::int64_t n) { fused<K, false>(h, n); } \
   FM_SIMD void fused_##K##_##T##_normalized(const Hot<T>& h, std::int64_t n) { fused<K, true>(h, n); }
-#define FASTMERGE_FUSED_ALL(T)                                                                                  \
-  FASTMERGE_FUSED(1, T)                                                                                         \
-  FASTMERGE_FUSED(2, T) FASTMERGE_FUSED(3, T) FASTMERGE_FUSED(4, T) FASTMERGE_FUSED(5, T) FASTMERGE_FUSED(6, T) \
-      FASTMERGE_FUSED(7, T) FASTMERGE_FUSED(8, T) void                                                          \
-      run_fused(const Hot<T>& h, std::size_t models, bool normalize, std::int64_t n) {                          \
-    using F = void (*)(const Hot<T>&, std::int64_t);                                                            \
-    static const F plain[] = {fused_1_##T, fused_2_##T, fused_3_##T, fused_4_##T,                               \
-                              fused_5_##T, fused_6_##T, fused_7_##T, fused_8_##T};                              \
-    static const F divided[] = {fused_1_##T##_normalized, fused_2_##T##_normalized, fused_3_##T##_normalized,   \
-                                fused_4_##T##_normalized, fused_5_##T##_normalized, fused_6_##T##_normalized,   \
-                                fused_7_##T##_normalized, fused_8_##T##_normalized};                            \
-    (normalize ? divided : plain)[models - 1](h, n);                                                            \
+// clang-format off
+#define FASTMERGE_FUSED_ALL(T)                                                                                \
+  FASTMERGE_FUSED(1, T) FASTMERGE_FUSED(2, T) FASTMERGE_FUSED(3, T) FASTMERGE_FUSED(4, T)                     \
+  FASTMERGE_FUSED(5, T) FASTMERGE_FUSED(6, T) FASTMERGE_FUSED(7, T) FASTMERGE_FUSED(8, T)                     \
+  void run_fused(const Hot<T>& h, std::size_t models, bool normalize, std::int64_t n) {                       \
+    using F = void (*)(const Hot<T>&, std::int64_t);                                                          \
+    static const F plain[] = {fused_1_##T, fused_2_##T, fused_3_##T, fused_4_##T,                             \
+                              fused_5_##T, fused_6_##T, fused_7_##T, fused_8_##T};                            \
+    static const F divided[] = {fused_1_##T##_normalized, fused_2_##T##_normalized, fused_3_##T##_normalized, \
+                                fused_4_##T##_normalized, fused_5_##T##_normalized, fused_6_##T##_normalized, \
+                                fused_7_##T##_normalized, fused_8_##T##_normalized};                          \
+    (normalize ? divided : plain)[models - 1](h, n);                                                          \
   }
+// clang-format on
 FASTMERGE_FUSED_ALL(float)
 FASTMERGE_FUSED_ALL(bf16)
 FASTMERGE_FUSED_ALL(f16)
