@@ -98,6 +98,7 @@ class RowSelector {
 
   // (cut, ties): the k largest are the candidates above `cut` and the first `ties` that equal it.
   std::pair<K, std::int64_t> cut_of(std::int64_t c) {
+    if (floor_ == 0 && c == k_) return {0, c - detail::count_above(found_.data(), c, K{0})};  // nothing is below a zero
     K low = floor_ - 1, high = KeyOf<C>::nan;  // more than k above low (or all kept), at most k - 1 above high
     if (c == k_) return {low, 0};
     if (c > 1024) {

@@ -35,6 +35,14 @@ def test_the_entries_are_those_of_topk_mask(rows, length, density, levels, seed)
     assert_same_bits(value, x.view(-1)[index])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_density_of_one_keeps_zeros_too(dtype):
+    x = torch.tensor([[0.0, -1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [3.0, -0.0, 1.0, 0.0]], dtype=dtype)
+    index, value = expert_gather(None, x, 1.0)
+    assert index.tolist() == list(range(12))
+    assert_same_bits(value, x.to(value.dtype).view(-1))
+
+
 def test_threads_give_the_same_entries():
     x = torch.randn(700, 1000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 5, 700)[:, None]
     index, value = expert_gather(None, x, 0.01)
