@@ -66,8 +66,8 @@ class Job:
             raise BadInput(
                 f"--max-memory {max_memory} is too small: {error}", remedy="allow more memory or use fewer threads"
             ) from error
-        buffers = pool.workers * (len(models) + 2) * max(widest, 4) * self.chunk
-        self.memory_bytes = buffers + method.held_bytes([_header(t) for t in merged])
+        self.buffer_bytes = pool.workers * (len(models) + 2) * max(widest, 4) * self.chunk
+        self.memory_bytes = self.buffer_bytes + method.held_bytes([_header(t) for t in merged])
         if max_memory is not None and self.memory_bytes > max_memory:
             raise BadInput(
                 f"--max-memory {max_memory} is too small: {method.name} needs {self.memory_bytes} bytes for these tensors",
@@ -92,9 +92,7 @@ class Job:
         wide = any(s.dtype == torch.float64 for sources in inputs for s in sources)
         pinned = None
         if max_memory is not None:
-            widest = max((s.dtype.itemsize for sources in inputs for s in sources), default=4)
-            held = self.pool.workers * (len(self.models) + 2) * max(widest, 4) * self.chunk
-            pinned = (max_memory - held) // max(len(choice.devices), 1)
+            pinned = (max_memory - self.buffer_bytes) // max(len(choice.devices), 1)
         return [
             make_budget(
                 device.name,

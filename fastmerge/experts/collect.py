@@ -18,6 +18,7 @@ from .. import ops
 from ..errors import BadInput
 from ..methods import TensorStream
 from ..methods._fr_rules import Rule, resolve
+from ..methods._gram import row_sums
 from ..methods._thresholds import tensor_thresholds
 from ..methods.fr import coefficients, lambdas_of
 from ..ops.abs_sum import BLOCK
@@ -270,7 +271,12 @@ def _sums(whole: Tensor, squares: Tensor, kept: Sparse, count: int) -> _Sums:
     value = kept.value.double().abs()
     value = value[value.isfinite()]
     return _Sums(
-        _finite_sum(whole), float(value.sum()), _finite_sum(squares), float(value.square().sum()), count, len(value)
+        _finite_sum(whole),
+        float(row_sums(value)),
+        _finite_sum(squares),
+        float(row_sums(value.square())),
+        count,
+        len(value),
     )
 
 

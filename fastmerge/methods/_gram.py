@@ -35,6 +35,17 @@ def stream_gram(tensor: TensorStream, *, deltas: bool, base_first: bool = False)
     return matrix
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """x.sum(-1) in an order that depends on the length alone: torch splits one long row between its threads."""
+    while x.shape[-1] > _SUMMED:
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % _SUMMED))
+        x = padded.unflatten(-1, (-1, _SUMMED)).sum(-1)
+    return x.sum(-1)
+
+
+_SUMMED = 1024  # elements that torch adds up on one thread
+
+
 def inner(g: Sequence[Sequence[float]], a: Sequence[float], b: Sequence[float]) -> float:
     """⟨Σ aᵢ xᵢ, Σ bⱼ xⱼ⟩ from the Gram matrix of the xᵢ."""
     return math.fsum(a[i] * b[j] * g[i][j] for i in range(len(a)) for j in range(len(b)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gram import row_sums
 from ._method import Context, Models, TensorStream, Weight, method
 from ._scores import order_statistics
 
@@ -66,7 +67,7 @@ def _row(shape: Sequence[int]) -> int:
 
 def _divergence(base: Tensor, other: Tensor) -> Tensor:
     p, q = other.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
-    return (p * (p / q).log()).sum(-1)
+    return row_sums(p * (p / q).log())
 
 
 def _importance(delta: Tensor, divergence: Tensor, offset: int, row: int) -> Tensor:

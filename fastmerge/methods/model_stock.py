@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
-from ._gram import model_stock_ratio, stream_gram
+from ._gram import model_stock_ratio, row_sums, stream_gram
 from ._method import Context, TensorStream, method
 
 
@@ -29,8 +29,8 @@ def model_stock(tensor: TensorStream, *, filter_wise: bool = False, context: Con
     cosine = torch.zeros(())
     for i, a in enumerate(deltas):
         for b in deltas[i + 1 :]:
-            length = (a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)).clamp(min=1e-6)
-            cosine = cosine + ((a * b).sum(-1, keepdim=True) / length).clamp(-1, 1)
+            length = (row_sums(a * a).sqrt() * row_sums(b * b).sqrt()).clamp(min=1e-6)
+            cosine = cosine + (row_sums(a * b) / length).clamp(-1, 1)[..., None]
     count = len(deltas)
     cosine = cosine / (count * (count - 1) / 2)
     divisor = 1 + (count - 1) * cosine

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._gram import nuslerp_coefficients, stream_gram
+from ._gram import nuslerp_coefficients, row_sums, stream_gram
 from ._method import Context, Header, PerModel, TensorStream, method
 
 
@@ -41,8 +41,9 @@ def nuslerp(
 
 
 def _along(a: Tensor, b: Tensor, t: float, axis: int) -> Tensor:
-    length = a.norm(dim=axis, keepdim=True) * b.norm(dim=axis, keepdim=True)
-    cos = torch.where(length > 0, (a * b).sum(axis, keepdim=True) / length, 1.0).clamp(-1, 1)
+    aa, bb, ab = (row_sums((x * y).movedim(axis, -1)).unsqueeze(axis) for x, y in ((a, a), (b, b), (a, b)))
+    length = aa.sqrt() * bb.sqrt()
+    cos = torch.where(length > 0, ab / length, 1.0).clamp(-1, 1)
     phi = cos.acos()
     colinear = 1 - cos * cos <= 1e-16
     sin = torch.where(colinear, 1.0, phi.sin())

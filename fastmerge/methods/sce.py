@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops.gram_blocks import BLOCK
 from ..ops.threshold import Rule, kept
 from ._method import Context, Delta, Deltas, Density, Help, Range, TensorStream, Weight, method
@@ -69,11 +70,8 @@ def _(tensor: TensorStream, plan: Any) -> Calculated:
         deltas = _deltas(base, models)
         chosen = None if rule is None else kept(variance(deltas), rule, offset)
         for i, d in enumerate(deltas):
-            squares = d.double().square_()
-            if chosen is not None:
-                squares.mul_(chosen)
-            for at in range(0, d.numel(), BLOCK):
-                sums[(offset + at) // BLOCK, i] = squares[at : at + BLOCK].sum()
+            part = ops.gram_blocks(None, [d if chosen is None else d * chosen])
+            sums[offset // BLOCK : offset // BLOCK + len(part), i] = part[:, 0]
 
     tensor.for_each(visit)
     energy = [float(s) / max(tensor.numel, 1) for s in sums.cumsum(0)[-1]] if len(sums) else [0.0] * tensor.count
