@@ -74,7 +74,7 @@ def main(
     Args:
         models: one's own checkpoints, the base first, instead of the demo's: norms and cosines are then reported
             instead of accuracy, since no evaluation is known.
-        quick: the small network: about 90 seconds in all on two cores the first time instead of about 8 minutes.
+        quick: the small network: about 2 minutes in all on two cores the first time instead of about 12.
         out: folder for the merged checkpoints (out/<method>), demo.json and demo.png.
         cache: folder for images and trained networks (default: ~/.cache/fastmerge).
         json: print the results as one JSON document on stdout, everything else on stderr.
