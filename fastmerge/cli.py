@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, cli_align, cli_fw
-from ._terminal import Progress, failing_politely, say
+from ._terminal import Progress, collecting_rarely, failing_politely, say
 from .cli_free import add_to as _add_free
 
 app = typer.Typer(
@@ -243,7 +243,8 @@ cli_fw.register(app)
 
 def main() -> None:
     """Entry point ``fastmerge``."""
-    app()
+    with collecting_rarely():
+        app()
 
 
 # ---- fastmerge-yaml: mergekit-yaml's words
@@ -336,7 +337,8 @@ def mergekit_yaml(
 
 def main_yaml() -> None:
     """Entry point ``fastmerge-yaml``."""
-    yaml_app()
+    with collecting_rarely():
+        yaml_app()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """A wheel, built from the clone and installed away from it, holds what it should and merges."""
 
+import email
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 from checkpoints import load, near, save, tiny_state
 from checks import assert_same_bits
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fastmerge as fm
 
@@ -47,14 +50,35 @@ def build(folder, kind):
     return built
 
 
+def closure(names):
+    """What the requirements `names`, and theirs in turn, are satisfied by here: distributions by name, no extras."""
+    found, todo = {}, list(names)
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[name] = importlib.metadata.distribution(name)
+            todo += found[name].requires or ()
+    return found
+
+
 def environment(folder, wheel):
-    """The interpreter of an environment that has the wheel, and this environment's libraries but not its fastmerge."""
+    """The interpreter of an environment of its own: the wheel, the libraries it says it needs, and nothing else.
+
+    The libraries are links to those of this environment; pip, without an index, checks that they satisfy the wheel.
+    """
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     site = Path(_run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    _run(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-q", "--no-deps", wheel)
-    # A .pth adds the libraries behind site-packages; .pth files in there (an editable fastmerge's) are not followed.
-    own = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
-    (site / "libraries.pth").write_text("\n".join(dict.fromkeys(own)) + "\n")
+    with zipfile.ZipFile(wheel) as z:
+        (metadata,) = (n for n in z.namelist() if n.endswith(".dist-info/METADATA"))
+        needs = email.message_from_bytes(z.read(metadata)).get_all("Requires-Dist")
+    for distribution in closure(needs).values():
+        for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
+    _run(*pip, "install", "-q", "--no-index", wheel)
+    _run(*pip, "check")
     return folder / "bin" / "python"
 
 
