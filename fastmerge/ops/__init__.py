@@ -14,6 +14,9 @@ from .permute import permute
 from .permute_merge import permute_merge
 from .random_mask import random_mask
 from .rescale import L1Stream
+from .sce_energy import sce_energy
+from .sce_merge import sce_merge
+from .sce_variance import sce_variance
 from .threshold import Threshold, Window, topk_thresholds
 from .threshold_stream import ThresholdStream
 from .topk_mask import topk_mask
@@ -40,6 +43,9 @@ __all__ = [
     "permute",
     "permute_merge",
     "random_mask",
+    "sce_energy",
+    "sce_merge",
+    "sce_variance",
     "topk_mask",
     "topk_thresholds",
     "weighted_sum",
