@@ -9,9 +9,12 @@ from .fw_products import fw_products
 from .fw_step import fw_step
 from .gram_blocks import gram, gram_blocks
 from .highpass_filter import highpass_filter
+from .nearswap import nearswap
 from .pearson import pearson
 from .permute import permute
 from .permute_merge import permute_merge
+from .ram_counts import ram_counts
+from .ram_merge import ram_merge
 from .random_mask import random_mask
 from .rescale import L1Stream
 from .sce_energy import sce_energy
@@ -39,9 +42,12 @@ __all__ = [
     "gram",
     "gram_blocks",
     "highpass_filter",
+    "nearswap",
     "pearson",
     "permute",
     "permute_merge",
+    "ram_counts",
+    "ram_merge",
     "random_mask",
     "sce_energy",
     "sce_merge",
