@@ -44,6 +44,11 @@ class SpectralMask:
         """bounds as two contiguous int32 [T, H] tensors."""
         return self.bounds[..., 0].contiguous(), self.bounds[..., 1].contiguous()
 
+    @functools.cached_property
+    def column_list(self) -> tuple[int, ...]:
+        """columns as numbers."""
+        return tuple(self.columns.tolist())
+
     def gain(self) -> Tensor:
         """float64 [H, W // 2 + 1]: the definition above, spelled out."""
         tables = self.bounds.shape[0]

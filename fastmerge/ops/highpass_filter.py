@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like, result_like
+from ._highpass_cpu import filter_matrices
 from ._spectral_mask import SpectralMask, spectral_mask
 
 
@@ -77,49 +78,6 @@ def highpass_filter(
     return result.copy_(filtered)
 
 
-# Elements per thread of a block of rows (columns): input and spectrum together stay in a core's L2.
-_ROW_BLOCK, _COLUMN_BLOCK = 1 << 17, 1 << 16
-_LEAST = 32  # transforms a call at least: for a length with a large prime factor, setting one up costs several of them
-_GROUP_BYTES = 64 << 20  # spectrum columns held at a time for a batch of small matrices
-
-
-def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """[begin, end) of blocks of about `size`, none of length one unless count is one.
-
-    One transform alone takes another route through MKL than two or more, with other bits; in company, a transform's
-    result depends neither on how many there are nor on the threads. So none is ever alone.
-    """
-    begin = 0
-    while begin < count:
-        end = count if count - begin <= size + 1 else begin + size
-        yield begin, end
-        begin = end
-
-
-def _accompanied(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A 1-D transform of every row of x, a lone row being transformed twice (see _blocks)."""
-    return transform(x) if x.shape[0] > 1 else transform(torch.cat([x, x]))[:1]
-
-
-_SHORT = 64  # rows up to this long: MKL's real transforms have other bits with one thread than with several
-
-
-def _rfft(rows: Tensor) -> Tensor:
-    """[n, W] -> [n, W // 2 + 1], the same bits for any number of threads."""
-    width = rows.shape[1]
-    if width > _SHORT:
-        return _accompanied(torch.fft.rfft, rows)
-    return _accompanied(torch.fft.fft, torch.complex(rows, torch.zeros_like(rows)))[:, : width // 2 + 1].contiguous()
-
-
-def _irfft(half: Tensor, width: int) -> Tensor:
-    """[n, W // 2 + 1] -> [n, W], the same bits for any number of threads."""
-    if width > _SHORT:
-        return _accompanied(lambda t: torch.fft.irfft(t, n=width), half)
-    mirrored = half[:, 1 : (width + 1) // 2].flip(-1).conj()
-    return _accompanied(torch.fft.ifft, torch.cat([half, mirrored], 1)).real.contiguous()
-
-
 @highpass_filter.backend("cpu", when=lambda x, *_, **__: _native.cpu_why_not(x))
 def _highpass_filter_cpu(
     x: Tensor,
@@ -134,59 +92,10 @@ def _highpass_filter_cpu(
     if plan is None or not len(plan.columns):
         return result.copy_(x)
     dense = result if result.is_contiguous() else _native.fresh(result.shape, result.dtype)
-    height, width = x.shape[-2:]
+    width = x.shape[-1]
     rows, filtered = x.reshape(-1, width), dense.view(-1, width)
-    group = max(1, _GROUP_BYTES // (len(plan.columns) * height * (16 if x.dtype == torch.float64 else 8)))
-    for begin in range(0, rows.shape[0], group * height):
-        end = min(rows.shape[0], begin + group * height)
-        _filter_group(rows[begin:end], filtered[begin:end], plan)
+    filter_matrices(rows, filtered, plan, compute_dtype(x))
     return dense if dense is result else result.copy_(dense)
-
-
-def _filter_group(rows: Tensor, out: Tensor, plan: SpectralMask) -> None:
-    """rows, out: [G H, W] of G whole matrices; out contiguous, may be rows itself."""
-    native, threads = _native.lib(), _native.threads()
-    compute = compute_dtype(rows)
-    suffix = "f64" if compute == torch.float64 else "f32"
-    complex_dtype = torch.complex128 if compute == torch.float64 else torch.complex64
-    half, count, height = plan.width // 2 + 1, len(plan.columns), plan.height
-    row_block = max(_LEAST, threads * _ROW_BLOCK // plan.width)
-    column_block = max(_LEAST, threads * _COLUMN_BLOCK // height)
-    columns = plan.columns.data_ptr()
-
-    def address(t: Tensor, row: int) -> int:
-        return t.data_ptr() + row * t.shape[1] * t.element_size()
-
-    spectrum = _native.fresh((rows.shape[0] // height * count, height), complex_dtype)  # [G C, H]
-    for a, b in _blocks(rows.shape[0], row_block):
-        block = _rfft(rows[a:b].to(compute))  # [b - a, W // 2 + 1]
-        getattr(native, f"highpass_gather_{suffix}")(
-            block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
-        )
-    keep = count == half
-    low, high = plan.intervals
-    for a, b in _blocks(spectrum.shape[0], column_block):
-        panel = _accompanied(torch.fft.fft, spectrum[a:b])  # [b - a, H]
-        getattr(native, f"highpass_mask_{suffix}")(
-            panel.data_ptr(), b - a, height, a, columns, count, low.data_ptr(), high.data_ptr(), low.shape[0],
-            plan.ring.data_ptr(), len(plan.ring), keep, threads,
-        )  # fmt: skip
-        spectrum[a:b] = _accompanied(torch.fft.ifft, panel)
-    # One value per matrix tells whether it held a NaN or an Inf: every bin is a sum over all of its elements.
-    clean = torch.view_as_real(spectrum[::count, :1]).isfinite().all(-1).all(-1)  # [G]
-    for a, b in _blocks(rows.shape[0], row_block):
-        block = torch.empty(b - a, half, dtype=complex_dtype)
-        getattr(native, f"highpass_scatter_{suffix}")(
-            block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
-        )
-        part = _irfft(block, plan.width)  # [b - a, W]
-        x = None if keep else rows[a:b].contiguous()
-        getattr(native, f"highpass_finish_{suffix}")(
-            address(out, a), _native.DTYPES[out.dtype], 0 if x is None else x.data_ptr(),
-            _native.DTYPES[rows.dtype], part.data_ptr(), part.numel(), threads,
-        )  # fmt: skip
-    if not clean.all():
-        out.view(-1, height, plan.width)[~clean] = torch.nan
 
 
 def _triton_form(x, cutoff=None, *, mask="radial", ring_double=False, dtype=None, out=None):  # type: ignore[no-untyped-def]
