@@ -53,6 +53,13 @@ class DeviceStream(Stream):
         self.pool.each(len(pieces), chunk)
         self._inspected = True
 
+    def collects(self, key: str, dtype: torch.dtype = torch.float32) -> bool:
+        """See :class:`Stream`."""
+        there = self.stage.collected(key, self.numel, dtype) is not None
+        if not there:
+            self._leave_out(TRANSFORM * self.numel * dtype.itemsize)
+        return there
+
     def collect(
         self,
         key: str,

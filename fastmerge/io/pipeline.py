@@ -225,21 +225,21 @@ class Stream:
         """Elements [begin, end), flat, valid until the next read on this thread."""
         return self._read(begin, end)
 
-    def chunks(self, align: int = 1) -> Iterator[tuple[int, int]]:
+    def chunks(self, align: int = 1, block: int = BLOCK) -> Iterator[tuple[int, int]]:
         """(begin, end) of the pieces; a tensor in memory is one piece, whose kernels use all threads."""
         step = max(self.numel, 1)
         if not self.resident:
-            unit = math.lcm(BLOCK, max(align, 1))
+            unit = math.lcm(block, max(align, 1))
             step = min(step, -(-self._chunk // unit) * unit)
         for begin in range(0, self.numel, step):
             yield begin, min(begin + step, self.numel)
 
-    def for_each(self, visit: Visit, align: int = 1) -> None:
+    def for_each(self, visit: Visit, align: int = 1, block: int = BLOCK) -> None:
         """visit(offset, base, models) over chunks that cover the tensor, from several threads at once.
 
-        Chunks begin at multiples of BLOCK elements and of `align` (rows, say).
+        Chunks begin at multiples of `block` elements and of `align` (rows, say).
         """
-        pieces = list(self.chunks(align))
+        pieces = list(self.chunks(align, block))
         show = self._inspect if not self._inspected else None
 
         def task(i: int) -> None:
@@ -265,6 +265,10 @@ class Stream:
             self.put(offset, values.reshape(-1))
 
         self.for_each(task, align)
+
+    def collects(self, key: str, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether `collect` keeps the tensor on a device; if not, a method may rather pass over it twice."""
+        return False
 
     def collect(
         self,
@@ -331,6 +335,10 @@ class Stream:
         if held is not None and held.device.type != "cpu":
             return torch.empty(self.shape, dtype=dtype, device=held.device)
         return self.pool.buffers.get("work " + key, self.numel, dtype).view(self.shape)
+
+    def scratch(self, key: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """Flat work memory on the CPU, reused from tensor to tensor; contents undefined."""
+        return self.pool.buffers.get("scratch " + key, numel, dtype)
 
     def place(self, begin: int, end: int) -> Tensor | None:
         """Where elements [begin, end) of the result may be written before they are put, if anywhere."""

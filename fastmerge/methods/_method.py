@@ -153,10 +153,12 @@ class TensorStream(Protocol):
         """Elements [begin, end) of the base and of each model, flat, valid until the next call on this thread."""
         ...
 
-    def for_each(self, visit: Callable[[int, Tensor | None, list[Tensor]], None], align: int = 1) -> None:
+    def for_each(
+        self, visit: Callable[[int, Tensor | None, list[Tensor]], None], align: int = 1, block: int = 65_536
+    ) -> None:
         """visit(offset, base, models) over chunks that cover the tensor, possibly from several threads at once.
 
-        Chunks begin at multiples of 65536 elements and of `align`.
+        Chunks begin at multiples of `block` elements and of `align`.
         """
         ...
 
@@ -182,12 +184,20 @@ class TensorStream(Protocol):
         """
         ...
 
+    def collects(self, key: str, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether `collect` keeps the tensor on a device; if not, a method may rather pass over it twice."""
+        ...
+
     def whole(self) -> tuple[Tensor | None, list[Tensor]]:
         """Everything, in the tensor's shape, on the CPU unless it is resident elsewhere: O(tensor) memory."""
         ...
 
     def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Work memory of the tensor's shape, on its device, reused from tensor to tensor; contents undefined."""
+        ...
+
+    def scratch(self, key: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """Flat work memory on the CPU, reused from tensor to tensor; contents undefined."""
         ...
 
     def place(self, begin: int, end: int) -> Tensor | None:

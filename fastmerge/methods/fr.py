@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _native, ops
 from ..errors import BadInput
+from ..ops._highpass_cpu import LANES
 from ..ops.abs_sum import BLOCK
-from ..ops.highpass_filter import fused_merge
+from ..ops.highpass_filter import bytes_held, fused_merge, two_passes
 from ._fr_rules import Rule, resolve
 from ._method import Context, Header, Help, PerModel, Range, TensorStream, method
 
@@ -76,10 +77,12 @@ def fr(
         return
     if tensor.resident and _merged_at_once(tensor, rule, weights):
         return
+    if not tensor.collects("delta", tensor.compute) and _in_two_passes(tensor, rule, weights):
+        return
     delta = tensor.collect(
         "delta",
         lambda offset, base, models, out: ops.weighted_sum(base, models, weights, add_base=False, out=out),
-        _compute_dtype(tensor),
+        tensor.compute,
         then=lambda whole: _filter(whole, rule),
     )
     tensor.emit(delta, add_base=True)
@@ -102,9 +105,24 @@ def _check(tensors: Sequence[Header]) -> None:
 
 @fr.memory
 def _memory(tensors: Sequence[Header]) -> int:
-    """The sum of the deltas in float32 and the two buffers of its transform, for the largest filtered tensor."""
-    filtered = (t for t in tensors if resolve(t.parameters).filters(t.name, tuple(t.shape)))
-    return 12 * max((math.prod(t.shape) for t in filtered), default=0)
+    """The most that one tensor takes: its thin spectrum, or the whole matrix where it does not go by rows."""
+    return max((_bytes(t) for t in tensors), default=0)
+
+
+def _bytes(tensor: Header) -> int:
+    rule = resolve(tensor.parameters)
+    if not rule.takes(tensor.name, tensor.shape):
+        return 0
+    numel, compute = math.prod(tensor.shape), torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if not rule.linear:  # all inputs, the sum and a delta
+        whole = numel * (tensor.dtype.itemsize * (len(tensor.models) + 1) + 2 * compute.itemsize)
+        return whole + (2 * numel * compute.itemsize if rule.filters(tensor.name, tensor.shape) else 0)
+    if not rule.filters(tensor.name, tensor.shape):
+        return 0
+    height, width = tensor.shape
+    held = bytes_held((height, width), compute, rule.cutoff, mask=rule.mask, ring_double=rule.ring_double)
+    # Chunks are whole groups of rows, which for long rows are more than a chunk of other methods.
+    return held + _native.threads() * tensor.dtype.itemsize * (len(tensor.models) + 2) * LANES * width
 
 
 @fr.fit
@@ -152,11 +170,6 @@ def _given(base: Tensor | None) -> Tensor:
     return base
 
 
-def _compute_dtype(tensor: TensorStream) -> torch.dtype:
-    base, models = tensor.read(0, 1)
-    return torch.float64 if any(t.dtype == torch.float64 for t in (base, *models) if t is not None) else torch.float32
-
-
 def _filter(delta: Tensor, rule: Rule) -> None:
     ops.highpass_filter(delta, rule.cutoff, mask=rule.mask, ring_double=rule.ring_double, out=delta)
 
@@ -186,6 +199,38 @@ def _merged_at_once(tensor: TensorStream, rule: Rule, weights: Sequence[float]) 
     return merged is not None
 
 
+def _in_two_passes(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -> bool:
+    """By rows, inputs read twice, holding a thin spectrum; else False, and nothing is done."""
+    height, width = tensor.shape
+    sample, _ = tensor.read(0, 1)
+    passes = two_passes(
+        _given(sample), (height, width), tensor.compute, lambda n, dtype: tensor.scratch("spectrum", n, dtype),
+        rule.cutoff, mask=rule.mask, ring_double=rule.ring_double,
+    )  # fmt: skip
+    if passes is None:
+        return False
+    # In memory the sums may wait where the result will be.
+    held = tensor.place(0, tensor.numel) if tensor.resident and tensor.out_dtype == tensor.compute else None
+
+    def add(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+        rows = models[0].numel() // width
+        keep = None if held is None else held[offset : offset + rows * width]
+        passes.forward(offset // width, rows, base, models, weights, keep)
+
+    def finish(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
+        count = models[0].numel()
+        out = tensor.place(offset, offset + count)
+        out = torch.empty(count, dtype=tensor.out_dtype) if out is None else out
+        delta = None if held is None else held[offset : offset + count]
+        passes.inverse(offset // width, count // width, base, models, weights, out, add_base=True, delta=delta)
+        tensor.put(offset, out)
+
+    tensor.for_each(add, align=LANES * width, block=1)
+    passes.filter_columns()
+    tensor.for_each(finish, align=LANES * width, block=1)
+    return True
+
+
 def _delta(base: Tensor, model: Tensor, out: Tensor) -> Tensor:
     ops.weighted_sum(base, [model], 1.0, add_base=False, out=out)
     return out
@@ -195,7 +240,7 @@ def _aligned(tensor: TensorStream, rule: Rule, lambdas: Sequence[float], filtere
     """λ·Σ (max E / Eᵢ)·G(δᵢ), E the mean magnitude of this tensor's filtered deltas: the published alignment."""
     base, models = tensor.whole()
     base = _given(base)
-    dtype = _compute_dtype(tensor)
+    dtype = tensor.compute
     total, delta = tensor.buffer("total", dtype).zero_(), tensor.buffer("delta", dtype)
     largest = 0.0
     for i, (m, v) in enumerate(zip(models, lambdas, strict=True)):
@@ -217,7 +262,7 @@ def _elected(tensor: TensorStream, rule: Rule, lambdas: Sequence[float], filtere
     """θ0 + λ·Σ uᵢ·[sign(uᵢ) is that of Σ uⱼ, + where it is 0], uᵢ = weight·G(δᵢ), as the published mergekit fork."""
     base, models = tensor.whole()
     base = _given(base)
-    dtype = _compute_dtype(tensor)
+    dtype = tensor.compute
     storage = base.dtype if rule.bugs else dtype
     total, delta = tensor.buffer("total", dtype).zero_(), tensor.buffer("delta", dtype)
 

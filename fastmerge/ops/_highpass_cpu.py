@@ -16,10 +16,12 @@ from .. import _native
 from ._row_transform import RowTransform, row_transform
 from ._spectral_mask import SpectralMask
 
-# Elements per thread of a block of rows (columns): input and spectrum together stay in a core's L2.
-_ROW_BLOCK, _COLUMN_BLOCK = 1 << 17, 1 << 16
+# Elements of a block of columns, and per thread of one of rows: input and spectrum together stay in a core's L2.
+_ROW_BLOCK, _COLUMN_BLOCK = 1 << 17, 1 << 17
 _LEAST = 32  # transforms a call at least: for a length with a large prime factor, setting one up costs several of them
+_LEAST_LONG, _LONG = 16, 1 << 16  # of columns longer than this: memory counts too
 _GROUP_BYTES = 64 << 20  # spectrum columns held at a time for a batch of small matrices
+LANES = 16  # rows that the kernels take together, in float32
 
 
 def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
@@ -142,6 +144,21 @@ def _finite(spectrum: Tensor, count: int) -> Tensor:
     return torch.view_as_real(spectrum[::count, :1]).isfinite().all(-1).all(-1)
 
 
+def _panel(height: int) -> int:
+    """Columns transformed together."""
+    return max(_LEAST if height <= _LONG else _LEAST_LONG, _COLUMN_BLOCK // height)
+
+
+def held_bytes(height: int, width: int, plan: SpectralMask, compute: torch.dtype) -> int | None:
+    """Memory of :class:`Passes` besides its rows' inputs and results, or None where there is no transform for it."""
+    transform = transform_of(plan, compute)
+    if transform is None:
+        return None
+    pair, count = 2 * compute.itemsize, len(plan.columns)
+    work = LANES * (4 * width + 2 * pair * (count + width // (2 * transform.split)))  # of each thread
+    return pair * height * (count + 3 * min(count, _panel(height))) + _native.threads() * work
+
+
 def filter_columns(spectrum: Tensor, plan: SpectralMask) -> None:
     """In place: spectrum [G C, H] of G matrices, transformed, masked and transformed back along H."""
     native, threads = _native.lib(), _native.threads()
@@ -149,7 +166,7 @@ def filter_columns(spectrum: Tensor, plan: SpectralMask) -> None:
     count, height = len(plan.columns), plan.height
     keep = count == plan.width // 2 + 1
     low, high = plan.intervals
-    for a, b in _blocks(spectrum.shape[0], max(_LEAST, threads * _COLUMN_BLOCK // height)):
+    for a, b in _blocks(spectrum.shape[0], _panel(height)):
         panel = _accompanied(torch.fft.fft, spectrum[a:b])  # [b - a, H]
         getattr(native, f"highpass_mask_{suffix}")(
             panel.data_ptr(), b - a, height, a, plan.columns.data_ptr(), count, low.data_ptr(), high.data_ptr(),
