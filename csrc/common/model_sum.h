@@ -1,5 +1,5 @@
-// The weighted sum of models, or of their deltas, over a range of elements: shared by weighted_sum and by the kernels that
-// use the sum while it is in cache, so that all of them have its bits.
+// The weighted sum of models, or of their deltas, over a range of elements: shared by weighted_sum and by the kernels
+// that use the sum while it is in cache, so that all of them have its bits.
 #pragma once
 #include "block.h"
 #include "stream.h"
@@ -8,18 +8,18 @@
 namespace fastmerge {
 
 // One model into the sum, read in its own dtype T; the compute type C is float, or double where an input is double.
-#define FASTMERGE_FOLD(T, C, WIDE)                                                              \
+#define FASTMERGE_FOLD(T, C, WIDE)                                                                     \
   FM_SIMD inline void fold_delta(C* acc, const T* x, const C* base, C w, bool first, std::int64_t n) { \
-    if (first)                                                                                  \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] = (WIDE(x[i]) - base[i]) * w;                 \
-    else                                                                                        \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] += (WIDE(x[i]) - base[i]) * w;                \
-  }                                                                                             \
+    if (first)                                                                                         \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] = (WIDE(x[i]) - base[i]) * w;                        \
+    else                                                                                               \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] += (WIDE(x[i]) - base[i]) * w;                       \
+  }                                                                                                    \
   FM_SIMD inline void fold(C* acc, const T* x, C w, bool first, std::int64_t n) {                      \
-    if (first)                                                                                  \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] = WIDE(x[i]) * w;                             \
-    else                                                                                        \
-      for (std::int64_t i = 0; i < n; ++i) acc[i] += WIDE(x[i]) * w;                            \
+    if (first)                                                                                         \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] = WIDE(x[i]) * w;                                    \
+    else                                                                                               \
+      for (std::int64_t i = 0; i < n; ++i) acc[i] += WIDE(x[i]) * w;                                   \
   }
 FASTMERGE_FOLD(float, float, to_float)
 FASTMERGE_FOLD(bf16, float, to_float)
@@ -105,7 +105,6 @@ inline std::int64_t sum_wide(const Sum& s, std::int64_t begin, std::int64_t end,
   return stop;
 }
 #endif
-
 
 // Elements [begin, end) by one thread; C is the compute type. `stream` writes past the cache.
 template <class C>

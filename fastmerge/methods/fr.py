@@ -204,7 +204,7 @@ def _in_two_passes(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -
     height, width = tensor.shape
     sample, _ = tensor.read(0, 1)
     passes = two_passes(
-        _given(sample), (height, width), tensor.compute, lambda n, dtype: tensor.scratch("spectrum", n, dtype),
+        _given(sample), (height, width), tensor.compute, tensor.scratch,
         rule.cutoff, mask=rule.mask, ring_double=rule.ring_double,
     )  # fmt: skip
     if passes is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._row_transform import RowTransform, row_transform
+from ._lane_transform import LaneTransform, column_transform, row_transform
 from ._spectral_mask import SpectralMask
 
 # Elements of a block of columns, and per thread of one of rows: input and spectrum together stay in a core's L2.
@@ -62,13 +62,15 @@ def _irfft(half: Tensor, width: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _transform(width: int, columns: tuple[int, ...], dtype: torch.dtype) -> RowTransform | None:
-    return row_transform(width, torch.tensor(columns, dtype=torch.int32), dtype)
+def row_transform_of(plan: SpectralMask, compute: torch.dtype) -> LaneTransform | None:
+    """The kernels' tables for the mask's rows, or None where they go through torch."""
+    return row_transform(plan.width, plan.columns, compute)
 
 
-def transform_of(plan: SpectralMask, compute: torch.dtype) -> RowTransform | None:
-    """The kernel's tables for the mask's rows, or None where they go through torch."""
-    return _transform(plan.width, plan.column_list, compute)
+@functools.lru_cache(maxsize=64)
+def column_transform_of(plan: SpectralMask, compute: torch.dtype) -> LaneTransform | None:
+    """The kernels' tables for its columns, or None where they go through torch."""
+    return column_transform(plan.height, plan.rows, compute)
 
 
 def _suffix(compute: torch.dtype) -> str:
@@ -79,6 +81,9 @@ def _complex(compute: torch.dtype) -> torch.dtype:
     return torch.complex128 if compute == torch.float64 else torch.complex64
 
 
+Scratch = Callable[[str, int, torch.dtype], Tensor]
+
+
 class Passes:
     """The filter of the weighted sum of `matrices` matrices' deltas, in two passes over rows and one over columns.
 
@@ -87,13 +92,15 @@ class Passes:
     """
 
     def __init__(
-        self, plan: SpectralMask, transform: RowTransform, compute: torch.dtype, spectrum: Tensor, matrices: int = 1
+        self, plan: SpectralMask, transform: LaneTransform, compute: torch.dtype, scratch: Scratch, matrices: int = 1
     ) -> None:
-        """spectrum: complex [matrices C, H], uninitialised; see :func:`spectrum_bytes`."""
-        self._plan, self._spectrum, self._matrices, self._compute = plan, spectrum, matrices, compute
-        self._arguments = transform.arguments
+        """scratch(key, numel, dtype) gives flat memory, which is used until the last row is out."""
+        self._plan, self._scratch, self._matrices, self._compute = plan, scratch, matrices, compute
+        columns = matrices * len(plan.columns)
+        pair = _complex(compute)
+        self._spectrum = scratch("spectrum", columns * plan.height, pair).view(columns, plan.height)
+        self._arguments = (plan.width, *transform.arguments)
         self._tables = transform  # what the arguments point to
-        self._keeps = len(plan.columns) == plan.width // 2 + 1  # the gain is applied, nothing is subtracted
 
     def _place(self, first: int, rows: int) -> list[int]:
         return [self._matrices, rows, first, self._plan.height]
@@ -112,11 +119,11 @@ class Passes:
 
     def filter_columns(self) -> None:
         """Between the two passes, once: transform, mask and transform back every column."""
-        filter_columns(self._spectrum, self._plan)
+        filter_columns(self._spectrum, self._plan, self._compute, self._scratch)
         clean = _finite(self._spectrum, len(self._plan.columns))
         if not clean.all():  # a NaN or Inf makes its whole matrix NaN
             held = self._spectrum.view(self._matrices, -1, self._plan.height)
-            held[~clean] = complex(float("nan"), float("nan"))
+            torch.view_as_real(held)[~clean] = torch.nan
 
     def inverse(
         self, first: int, rows: int, base: Tensor | None, models: Sequence[Tensor], weights: Sequence[float],
@@ -129,14 +136,10 @@ class Passes:
         inputs = [*([] if base is None else [base]), *models]
         getattr(_native.lib(), f"highpass_inverse_{_suffix(self._compute)}")(
             [t.data_ptr() for t in inputs], [_native.DTYPES[t.dtype] for t in inputs], base is not None,
-            list(weights), 0 if delta is None else delta.data_ptr(), add_base, not self._keeps, out.data_ptr(),
+            list(weights), 0 if delta is None else delta.data_ptr(), add_base, not self._plan.keeps, out.data_ptr(),
             _native.DTYPES[out.dtype], self._place(first, rows), *self._arguments, self._spectrum.data_ptr(),
             _native.threads(),
         )  # fmt: skip
-
-
-def spectrum_shape(plan: SpectralMask, matrices: int = 1) -> tuple[int, int]:
-    return matrices * len(plan.columns), plan.height
 
 
 def _finite(spectrum: Tensor, count: int) -> Tensor:
@@ -149,63 +152,84 @@ def _panel(height: int) -> int:
     return max(_LEAST if height <= _LONG else _LEAST_LONG, _COLUMN_BLOCK // height)
 
 
-def held_bytes(height: int, width: int, plan: SpectralMask, compute: torch.dtype) -> int | None:
+def _column_work(plan: SpectralMask, transform: LaneTransform) -> int:
+    """Bytes that a thread takes for sixteen columns of float32, or eight of float64."""
+    return 128 * (plan.height + len(transform.wanted) + 2 * transform.points)
+
+
+def held_bytes(plan: SpectralMask, compute: torch.dtype) -> int | None:
     """Memory of :class:`Passes` besides its rows' inputs and results, or None where there is no transform for it."""
-    transform = transform_of(plan, compute)
-    if transform is None:
+    rows, columns = row_transform_of(plan, compute), column_transform_of(plan, compute)
+    if rows is None:
         return None
-    pair, count = 2 * compute.itemsize, len(plan.columns)
-    work = LANES * (4 * width + 2 * pair * (count + width // (2 * transform.split)))  # of each thread
-    return pair * height * (count + 3 * min(count, _panel(height))) + _native.threads() * work
+    pair, count, threads = 2 * compute.itemsize, len(plan.columns), _native.threads()
+    work = threads * 64 * (3 * plan.width + 2 * count + 4 * rows.points)
+    if columns is None:
+        work += 3 * pair * plan.height * min(count, _panel(plan.height))
+    else:
+        work += threads * _column_work(plan, columns)
+    return pair * plan.height * count + work
 
 
-def filter_columns(spectrum: Tensor, plan: SpectralMask) -> None:
+def filter_columns(spectrum: Tensor, plan: SpectralMask, compute: torch.dtype, scratch: Scratch) -> None:
     """In place: spectrum [G C, H] of G matrices, transformed, masked and transformed back along H."""
-    native, threads = _native.lib(), _native.threads()
-    suffix = "f64" if spectrum.dtype == torch.complex128 else "f32"
+    native, threads, suffix = _native.lib(), _native.threads(), _suffix(compute)
     count, height = len(plan.columns), plan.height
-    keep = count == plan.width // 2 + 1
     low, high = plan.intervals
+    mask = (low.data_ptr(), high.data_ptr(), low.shape[0], plan.ring.data_ptr(), len(plan.ring), plan.keeps)
+    transform = column_transform_of(plan, compute)
+    if transform is not None:
+        piece = _column_work(plan, transform)
+        work = scratch("columns", 8 + threads * piece // 8, torch.float64)  # 8 more, to align
+        getattr(native, f"highpass_columns_{suffix}")(
+            spectrum.data_ptr(), spectrum.shape[0] // count, plan.columns.data_ptr(), count, height, *mask,
+            *transform.arguments, -(-work.data_ptr() // 64) * 64, piece, threads,
+        )  # fmt: skip
+        return
     for a, b in _blocks(spectrum.shape[0], _panel(height)):
         panel = _accompanied(torch.fft.fft, spectrum[a:b])  # [b - a, H]
         getattr(native, f"highpass_mask_{suffix}")(
-            panel.data_ptr(), b - a, height, a, plan.columns.data_ptr(), count, low.data_ptr(), high.data_ptr(),
-            low.shape[0], plan.ring.data_ptr(), len(plan.ring), keep, threads,
-        )  # fmt: skip
+            panel.data_ptr(), b - a, height, a, plan.columns.data_ptr(), count, *mask, threads
+        )
         spectrum[a:b] = _accompanied(torch.fft.ifft, panel)
+
+
+def fresh(key: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """Scratch memory that is not kept."""
+    return _native.fresh((numel,), dtype)
 
 
 def filter_matrices(rows: Tensor, out: Tensor, plan: SpectralMask, compute: torch.dtype) -> None:
     """rows, out: [G H, W] of G whole matrices; out contiguous, may be rows itself."""
-    transform = transform_of(plan, compute)
+    transform = row_transform_of(plan, compute)
     size, count, height = compute.itemsize * 2, len(plan.columns), plan.height
     group = height * max(1, _GROUP_BYTES // (count * height * size))
     whole = rows.contiguous() if transform is not None else rows
     for begin in range(0, rows.shape[0], group):
         end = min(rows.shape[0], begin + group)
         matrices = (end - begin) // height
-        spectrum = _native.fresh(spectrum_shape(plan, matrices), _complex(compute))
         if transform is None:
-            _through_torch(rows[begin:end], out[begin:end], plan, spectrum, compute)
+            _through_torch(rows[begin:end], out[begin:end], plan, compute)
             continue
-        passes = Passes(plan, transform, compute, spectrum, matrices)
+        passes = Passes(plan, transform, compute, fresh, matrices)
         part, into = [whole[begin:end]], out[begin:end]
         passes.forward(0, height, None, part, [1.0])
         passes.filter_columns()
         passes.inverse(0, height, None, part, [1.0], into, add_base=False)
 
 
-def _through_torch(rows: Tensor, out: Tensor, plan: SpectralMask, spectrum: Tensor, compute: torch.dtype) -> None:
+def _through_torch(rows: Tensor, out: Tensor, plan: SpectralMask, compute: torch.dtype) -> None:
     native, threads, suffix = _native.lib(), _native.threads(), _suffix(compute)
     half, count, height = plan.width // 2 + 1, len(plan.columns), plan.height
     row_block = max(_LEAST, threads * _ROW_BLOCK // plan.width)
     columns = plan.columns.data_ptr()
+    spectrum = _native.fresh((rows.shape[0] // height * count, height), _complex(compute))
     for a, b in _blocks(rows.shape[0], row_block):
         block = _rfft(rows[a:b].to(compute))  # [b - a, W // 2 + 1]
         getattr(native, f"highpass_gather_{suffix}")(
             block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
         )
-    filter_columns(spectrum, plan)
+    filter_columns(spectrum, plan, compute, fresh)
     clean = _finite(spectrum, count)
     for a, b in _blocks(rows.shape[0], row_block):
         block = torch.empty(b - a, half, dtype=_complex(compute))
@@ -213,7 +237,7 @@ def _through_torch(rows: Tensor, out: Tensor, plan: SpectralMask, spectrum: Tens
             block.data_ptr(), half, a, b - a, height, columns, count, spectrum.data_ptr(), threads
         )
         part = _irfft(block, plan.width)  # [b - a, W]
-        x = None if count == half else rows[a:b].contiguous()
+        x = None if plan.keeps else rows[a:b].contiguous()
         getattr(native, f"highpass_finish_{suffix}")(
             out.data_ptr() + a * plan.width * out.element_size(), _native.DTYPES[out.dtype],
             0 if x is None else x.data_ptr(), _native.DTYPES[rows.dtype], part.data_ptr(), part.numel(), threads,

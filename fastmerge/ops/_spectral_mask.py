@@ -19,7 +19,7 @@ MASKS = {"radial": 0.1, "disc_min": 0.7, "disc_max": 0.6}  # name -> default cut
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralMask:
     """The gain of every bin of a half spectrum [H, W // 2 + 1], unshifted as rfft2 lays it out.
 
@@ -44,10 +44,23 @@ class SpectralMask:
         """bounds as two contiguous int32 [T, H] tensors."""
         return self.bounds[..., 0].contiguous(), self.bounds[..., 1].contiguous()
 
+    @property
+    def keeps(self) -> bool:
+        """Every column is touched: the gain is applied; else 1 - gain is, to the columns, and the result subtracted."""
+        return len(self.columns) == self.width // 2 + 1
+
     @functools.cached_property
-    def column_list(self) -> tuple[int, ...]:
-        """columns as numbers."""
-        return tuple(self.columns.tolist())
+    def rows(self) -> Tensor:
+        """int32, ascending, at least one: rows outside of which those columns are multiplied by 0."""
+        low, high = self.intervals
+        end = self.width // 2 + 1
+        if self.keeps:
+            touched = ((low < high) & (low < end)).any(0)
+        else:
+            touched = ((low > 0) | (high < end)).any(0)
+        touched[self.ring[:, 0].long()] = True
+        touched[0] = True
+        return touched.nonzero()[:, 0].to(torch.int32)
 
     def gain(self) -> Tensor:
         """float64 [H, W // 2 + 1]: the definition above, spelled out."""

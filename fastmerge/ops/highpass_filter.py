@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like, result_like
-from ._highpass_cpu import Passes, filter_matrices, held_bytes, spectrum_shape, transform_of
+from ._highpass_cpu import Passes, Scratch, filter_matrices, held_bytes, row_transform_of
 from ._spectral_mask import SpectralMask, spectral_mask
 
 
@@ -153,28 +153,24 @@ def two_passes(
     like: Tensor,
     shape: tuple[int, int],
     compute: torch.dtype,
-    scratch: Callable[[int, torch.dtype], Tensor],
+    scratch: Scratch,
     cutoff: float | None = None,
     *,
     mask: str = "radial",
     ring_double: bool = False,
 ) -> Passes | None:
     """The filter of one [H, W] matrix that is fed by rows, twice, and never held; None where the CPU kernel does not
-    run for tensors like `like`, nothing is removed, or the width is odd or has a prime factor above 61.
+    run for tensors like `like`, nothing is removed, or the width is odd or has a prime factor above 257.
 
-    scratch(numel, dtype) gives the memory of the thin spectrum, flat: complex numbers, H for each touched column.
+    scratch(key, numel, dtype) gives flat memory, that of the thin spectrum above all: H numbers for each touched column.
 
     Numerics: the bits of weighted_sum followed by :func:`highpass_filter` on the CPU.
     """
     if highpass_filter.choose(like) != "cpu":
         return None
     plan = spectral_mask(*shape, cutoff, mask, ring_double)
-    transform = transform_of(plan, compute) if len(plan.columns) else None
-    if transform is None:
-        return None
-    columns, height = spectrum_shape(plan)
-    pair = torch.complex128 if compute == torch.float64 else torch.complex64
-    return Passes(plan, transform, compute, scratch(columns * height, pair).view(columns, height))
+    transform = row_transform_of(plan, compute) if len(plan.columns) else None
+    return None if transform is None else Passes(plan, transform, compute, scratch)
 
 
 def bytes_held(
@@ -185,7 +181,7 @@ def bytes_held(
     plan = spectral_mask(max(shape[0], 1), max(shape[1], 1), cutoff, mask, ring_double)
     if not len(plan.columns) or _native.why_not() is not None:
         return whole
-    held = held_bytes(*shape, plan, compute)
+    held = held_bytes(plan, compute)
     return whole if held is None else held
 
 
