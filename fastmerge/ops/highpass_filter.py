@@ -57,9 +57,9 @@ def highpass_filter(
 
     Numerics: class B on the CPU (same bits for any batch and number of threads, of one build and CPU type), tolerance
         across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
-    Cost: one real FFT pair, about 5·HW·log2(HW) flops. CPU workspace, in float32: one panel of the spectrum, plus the
-        removed columns where only few columns are touched, plus H·W where `out` is not float32 (README of the op:
-        docs/performance.md).
+    Cost: at most one real FFT pair, about 5·HW·log2(HW) flops; with few touched columns and rows the last stages are
+        left out. CPU workspace: the touched columns in the compute dtype (a tenth of the matrix for `radial`) and
+        32·H numbers a thread. Rows of odd length or with a prime factor above 257 go through torch's transforms.
     Raises: TypeError for non-float tensors; ValueError for less than two axes, an unknown mask, or a bad cutoff.
     Source: FREE-Merging (arXiv:2411.16815), eq. 4-5; the published masks as in its code, without its second forward
         and third inverse transform.

@@ -1,5 +1,6 @@
 """fr against the published procedures, written here as plainly as their formulas read."""
 
+import importlib
 import math
 
 import pytest
@@ -10,6 +11,8 @@ import fastmerge as fm
 from fastmerge.errors import BadInput
 from fastmerge.methods._fr_rules import Rule
 from fastmerge.methods.fr import coefficients
+
+job_module, fr_module = (importlib.import_module(f"fastmerge.{n}") for n in ("job", "methods.fr"))
 
 SHAPES = {
     "attn.in_proj_weight": (48, 16),
@@ -233,6 +236,67 @@ def test_files_and_memory_give_the_same_bits(tmp_path):
         got = load_file(tmp_path / f"out{i}" / "model.safetensors")
         for k in base:
             assert_same_bits(got[k], want[k], k)
+
+
+ODD = {
+    "tall": (301, 64),
+    "prime.rows": (263, 48),
+    "prime.columns": (40, 526),
+    "odd": (57, 131),
+    "wide": (20, 222),
+    "b": (33,),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"mask": "disc_min", "ring_double": True, "lambda_policy": "constant"}], ids=str
+)
+def test_streaming_gives_the_bits_of_whole_tensors(tmp_path, monkeypatch, dtype, kwargs):
+    """Files in chunks of any size on any number of threads; state dicts; a delta that is held whole and filtered."""
+    from safetensors.torch import load_file, save_file
+
+    g = torch.Generator().manual_seed(4)
+    base = {k: torch.randn(s, generator=g).to(dtype) for k, s in ODD.items()}
+    models = [
+        {k: (v.float() + 0.01 * torch.randn(v.shape, generator=g)).to(dtype) for k, v in base.items()} for _ in "ab"
+    ]
+    for name, state in zip(["base", "a", "b"], [base, *models], strict=True):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    recipe = {"merge_method": "fr", "base_model": str(tmp_path / "base"), "parameters": {"lambda": 0.7, **kwargs}}
+    recipe["models"] = [{"model": str(tmp_path / n)} for n in "ab"]
+    want = fm.merge("fr", base, models, lambda_=0.7, **kwargs)
+    for i, (chunk, threads) in enumerate([(1, 1), (1, 3), (3000, 2), (1 << 18, 2)]):
+        monkeypatch.setattr(job_module, "chunk_elements", lambda *_, chunk=chunk: chunk)
+        fm.run(fm.Recipe.model_validate(recipe), tmp_path / f"out{i}", threads=threads)
+        got = load_file(tmp_path / f"out{i}" / "model.safetensors")
+        for k in base:
+            assert_same_bits(got[k], want[k], f"{k}, chunk {chunk}, {threads} threads")
+    monkeypatch.setattr(fr_module, "_in_two_passes", lambda *_: False)
+    whole = fm.merge("fr", base, models, lambda_=0.7, **kwargs)
+    for k in base:
+        assert_same_bits(whole[k], want[k], k)
+
+
+def test_the_plan_counts_thin_spectra(tmp_path):
+    from safetensors.torch import save_file
+
+    state = {"embed": torch.randn(40000, 64).bfloat16()}
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    recipe = {"merge_method": "fr", "base_model": str(tmp_path / "base"), "models": [{"model": str(tmp_path / "a")}]}
+    held = {}
+    for key, parameters in (("thin", {}), ("whole", {"mask": "disc_min"}), ("unfiltered", {"select": "layers"})):
+        plan = fm.run(fm.Recipe.model_validate(recipe | {"parameters": parameters}), None, dry_run=True, threads=1)
+        held[key] = plan.estimate["buffer_bytes"]
+    columns = 8 * 40000  # bytes of one: the radial mask touches 4 of 33
+    work = 2 * 128 * 2 * 40000  # of two threads at most
+    assert held["unfiltered"] + 4 * columns < held["thin"] < held["unfiltered"] + 4 * columns + work
+    assert held["whole"] > held["unfiltered"] + 33 * columns
+    with pytest.raises(BadInput, match="max-memory"):
+        fm.run(fm.Recipe.model_validate(recipe), None, dry_run=True, threads=1, max_memory=held["unfiltered"])
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@ import pytest
 import torch
 from checks import assert_close, assert_same_bits, check_op
 
-from fastmerge import _native
-from fastmerge.ops import highpass_filter
+from fastmerge import _native, use_backend
+from fastmerge.ops import highpass_filter, weighted_sum
+from fastmerge.ops._highpass_cpu import fresh as _fresh
+from fastmerge.ops._lane_transform import column_transform, row_transform
 from fastmerge.ops._spectral_mask import spectral_mask
+from fastmerge.ops.highpass_filter import bytes_held, two_passes
 
 
 def published_mask(height, width, mask, cutoff, ring_double):
@@ -180,3 +183,95 @@ def test_same_bits_for_any_batch_and_number_of_threads(shape, mode):
     alone = torch.stack([run(m) for m in matrices])
     assert_same_bits(alone, want.reshape(alone.shape))
     assert_same_bits(run(torch.cat([matrices, matrices]))[len(matrices) :], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [16, 18, 22, 26, 30, 60, 74, 96, 98, 122, 768, 1118, 2 * 257, 4096])
+def test_row_transforms_are_fourier_transforms(width, dtype):
+    """Radices 2, 3, 4, 5, odd primes; few columns, all of them, and some in the middle; rows that do not fill a vector."""
+    native, suffix = _native.lib(), "f64" if dtype == torch.float64 else "f32"
+    pair = torch.complex128 if dtype == torch.float64 else torch.complex64
+    tolerance = 1e-14 if dtype == torch.float64 else 2e-6
+    for height, columns in (
+        (1, range(width // 2 + 1)),
+        (21, range(1 + width // 20)),
+        (16, [0, 1, width // 3, width // 2]),
+    ):
+        x = torch.randn(height, width, dtype=dtype, generator=torch.Generator().manual_seed(width))
+        wanted = torch.tensor(list(columns), dtype=torch.int32)
+        t = row_transform(width, wanted, dtype)
+        assert t is not None
+        spectrum = torch.full((len(wanted), height), complex("nan+nanj"), dtype=pair)
+        place = [1, height, 0, height]
+        getattr(native, f"highpass_forward_{suffix}")(
+            [x.data_ptr()], [_native.DTYPES[dtype]], False, [1.0], 0, place, width, *t.arguments, spectrum.data_ptr(), 2
+        )
+        want = torch.fft.rfft(x.double())[:, wanted.long()].T
+        assert (spectrum - want).abs().max() <= tolerance * want.abs().max()
+        back = torch.full_like(x, torch.nan)
+        getattr(native, f"highpass_inverse_{suffix}")(
+            [], [], False, [], 0, False, False, back.data_ptr(), _native.DTYPES[dtype], place, width, *t.arguments,
+            spectrum.data_ptr(), 2,
+        )  # fmt: skip
+        half = torch.zeros(height, width // 2 + 1, dtype=torch.complex128)
+        half[:, wanted.long()] = want.T
+        want = torch.fft.irfft(half, n=width)
+        assert (back - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("width", [15, 14, 2, 2 * 263, 1117])
+def test_widths_that_are_left_to_torch(width):
+    assert row_transform(width, torch.arange(2, dtype=torch.int32), torch.float32) is None
+
+
+def test_heights_that_are_left_to_torch():
+    rows = torch.arange(1, dtype=torch.int32)
+    assert column_transform(263 * 4, rows, torch.float32) is None
+    assert column_transform(257 * 4, rows, torch.float32) is not None
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float64,) * 2]
+)
+@pytest.mark.parametrize("shape", [(53, 96), (64, 2048), (16, 62), (1, 16), (1117, 18), (130, 74)], ids=str)
+@pytest.mark.parametrize("mode", [("radial", 0.1, False), ("disc_min", 0.7, True), ("radial", 2.0, False)], ids=str)
+def test_two_passes_have_the_bits_of_sum_and_filter(shape, mode, dtypes):
+    """However rows are cut, whichever comes first, and with the sums kept or added up a second time."""
+    mask, cutoff, ring = mode
+    g = torch.Generator().manual_seed(8)
+    base, *models = ((torch.randn(shape, generator=g) * 0.1).to(dtypes[i % 2]) for i in range(4))
+    weights = [0.5, -0.25, 1.1]
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    options = {"mask": mask, "ring_double": ring}
+    delta = weighted_sum(base, models, weights, add_base=False, dtype=compute)
+    want = weighted_sum(None, [base, highpass_filter(delta, cutoff, backend="cpu", **options)], 1.0, dtype=base.dtype)
+    height = shape[0]
+    for step, keeps, threads in ((height, True, 2), (1, False, 1), (7, True, 1), (32, False, 3)):
+        passes = two_passes(base, shape, compute, _fresh, cutoff, **options)
+        assert passes is not None
+        kept = torch.full(shape, torch.nan, dtype=compute) if keeps else None
+        got = torch.full(shape, torch.nan, dtype=base.dtype)
+        blocks = [slice(a, min(a + step, height)) for a in range(0, height, step)]
+        with _native.limit_threads(threads):
+            for rows in reversed(blocks):
+                part = rows.stop - rows.start, base[rows], [m[rows] for m in models], weights
+                passes.forward(rows.start, *part, None if kept is None else kept[rows])
+            passes.filter_columns()
+            for rows in blocks:
+                part = rows.stop - rows.start, base[rows], [m[rows] for m in models], weights
+                delta_here = None if kept is None else kept[rows]
+                passes.inverse(rows.start, *part, got[rows], add_base=True, delta=delta_here)
+        assert_same_bits(got, want, f"step {step}")
+        if kept is not None:
+            assert_same_bits(kept, delta)
+
+
+def test_what_two_passes_leave_to_others():
+    x = torch.zeros(16, 16)
+    assert two_passes(x, (16, 15), torch.float32, _fresh) is None  # odd
+    assert two_passes(x, (16, 16), torch.float32, _fresh, 0.0) is None  # nothing is removed
+    with use_backend("reference"):
+        assert two_passes(x, (16, 16), torch.float32, _fresh) is None
+    thin = bytes_held((128256, 2048), torch.float32, None, mask="radial", ring_double=False)
+    assert thin < 0.25 * 4 * 128256 * 2048
+    assert bytes_held((128256, 2047), torch.float32, None, mask="radial", ring_double=False) == 12 * 128256 * 2047
