@@ -96,7 +96,7 @@ class Trimmer {
   explicit Trimmer(const Merge& m) : merge_(m) {
     if (!m.by_rank()) return;
     ranker_ = std::make_unique<Ranker<C>>(m.row);
-    rows_.resize(m.trims.size() * m.row);
+    rows_.resize(m.trims.size() * m.row + 64);  // whole words of 64 are looked at
     at_.assign(m.trims.size(), -1);
   }
 
@@ -113,6 +113,19 @@ class Trimmer {
     at_[k] = start;
     return row + (at - start);
   }
+
+#ifdef FASTMERGE_AVX512
+  // The same as bits: bit j of word w is element at + 64 w + j; bits past n are arbitrary, room as for random_bits.
+  void bits(std::size_t k, std::int64_t at, std::int64_t n, std::uint64_t* words) {
+    const Trim& t = merge_.trims[k];
+    if (t.kind == TrimKind::random) {
+      random_bits({merge_.k0, merge_.k1, static_cast<std::uint32_t>(k)}, merge_.offset + at, n, t.limit, words);
+      return;
+    }
+    const std::uint8_t* kept = keep(k, at, n);
+    for (std::int64_t i = 0; i < n; i += 64) words[i / 64] = detail::bits_of_bytes(kept + i);
+  }
+#endif
 
  private:
   const Merge& merge_;

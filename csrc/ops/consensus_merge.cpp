@@ -3,7 +3,7 @@
 // Story: once thresholds are known everything is elementwise, so the whole merge is one pass that reads K + 1 streams
 // and writes one. The common case, up to eight models of one dtype trimmed by thresholds or at random, is a single loop
 // that keeps all K terms in registers (common/consensus_wide.h with AVX-512, `fused` below elsewhere): the engine's hot
-// spot. Everything else (mixed dtypes, float64, trims by rank or by window, elections by count, more models) goes
+// spot. Everything else (mixed dtypes, float64, trims by window, elections by count, more models) goes
 // through blocks that stay in L1: one buffer of terms per model, then the election over the buffers. Trims by threshold
 // are one or two integer compares (common/keys.h); blocks are cut at the last kept tie of each model, so ties cost
 // nothing. Both paths do the same arithmetic in the same order.
@@ -157,18 +157,19 @@ bool is_hot(const Merge& m) {
   for (std::size_t k = 0; k < d.models.size(); ++k) {
     const Trim& t = m.trims[k];
     if (d.models[k].type != d.base.type || t.kind != kind) return false;
-    if (t.kind == TrimKind::rank || (t.kind == TrimKind::rule && t.high.key != kNoneKey)) return false;
+    if (t.kind == TrimKind::rule && t.high.key != kNoneKey) return false;
   }
   return true;
 }
 
 template <class T>
 void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
-  const bool stream = m.n * m.out_size() >= kStreamBytes, bits = m.trims[0].kind == TrimKind::random;
+  const bool stream = m.n * m.out_size() >= kStreamBytes, bits = m.trims[0].kind != TrimKind::rule;
   T* out = pointer_of<T>(m.out);
   const std::size_t models = m.trims.size();
   alignas(64) T block[kBlock];
   alignas(64) std::uint64_t words[kHotModels][kBlock / 64 + 8];  // rounded up from kBitWords
+  [[maybe_unused]] Trimmer<float> trimmer(m);
   Hot<T> h{};
   h.scale = static_cast<float>(m.scale);
   h.divisor = static_cast<float>(m.divisor);
@@ -186,8 +187,7 @@ void run_hot(const Merge& m, std::int64_t begin, std::int64_t end) {
     }
 #ifdef FASTMERGE_AVX512
     if (has_avx512()) {
-      for (std::size_t k = 0; bits && k < models; ++k)
-        random_bits({m.k0, m.k1, static_cast<std::uint32_t>(k)}, m.offset + at, stop - at, m.trims[k].limit, words[k]);
+      for (std::size_t k = 0; bits && k < models; ++k) trimmer.bits(k, at, stop - at, words[k]);
       h.out = out + at;
       run_wide(h, static_cast<int>(models), bits, m.elect, m.normalize, stop - at, stream);
       continue;

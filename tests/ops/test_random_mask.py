@@ -102,3 +102,29 @@ def test_golden_rescale():
 def test_bad_input_is_named(args, kwargs, match, backend):
     with pytest.raises((ValueError, TypeError), match=match):
         random_mask(*args, backend=backend, **kwargs)
+
+
+ROWS = {
+    "smooth": lambda x: x,
+    "mostly zeros": lambda x: x * (x.abs() > 1.5),
+    "zeros": lambda x: x * 0.0,
+    "few values, each often": lambda x: x.round(),
+    "many values, each often": lambda x: (64 * x).round() / 64,
+    "wild": lambda x: x.double().pow(21).to(x.dtype),
+    "subnormal": lambda x: x * 1e-42,
+    "one giant": lambda x: torch.where(torch.arange(x.shape[-1]) == 5, torch.finfo(x.dtype).max, x),
+    "half Inf and NaN": lambda x: torch.where(x > 0, torch.where(x > 0.5, torch.nan, torch.inf), x),
+}
+
+
+@pytest.mark.parametrize("length", [1, 2, 128, 129, 2049, 5000])
+@pytest.mark.parametrize("rows", ROWS)
+def test_ranks_of_odd_rows(rows, length):
+    """Whatever the distribution and however a row is ranked (one by one, in buckets, sorted), the mask is the same."""
+    g = torch.Generator().manual_seed(length)
+    for dtype in (torch.float32, torch.float64):
+        x = ROWS[rows](torch.randn(6, length, generator=g).to(dtype))
+        for density, epsilon in ((0.5, 0.49), (0.3, 0.1)):
+            given = {"epsilon": epsilon, "seed": 5, "name": "w", "stream": 1, "offset": 3 * length}
+            want = random_mask(x, density, **given, backend="reference")
+            assert torch.equal(random_mask(x, density, **given, backend="cpu"), want)
