@@ -24,19 +24,21 @@ struct RankLimits {
 };
 
 namespace detail {
-constexpr int kRankBuckets = 1024;
+constexpr int kRankBuckets = 1024;  // at most
 
-// 0 for a zero, else 1 + floor(|x| scale) up to kRankBuckets - 1: never falls while |x| grows.
-FM_SIMD inline void rank_buckets(const std::uint32_t* key, float scale, std::uint16_t* bucket, std::int64_t n) {
-  constexpr float last = kRankBuckets - 2;
+// 0 for a zero, else 1 + floor(|x| scale) up to buckets - 1: never falls while |x| grows.
+FM_SIMD inline void rank_buckets(const std::uint32_t* key, float scale, std::uint16_t* bucket, int buckets,
+                                 std::int64_t n) {
+  const float last = static_cast<float>(buckets - 2);
   for (std::int64_t i = 0; i < n; ++i) {
     const float x = float_of(key[i]) * scale, held = x < last ? x : last;  // NaN too goes last
     const std::int32_t b = static_cast<std::int32_t>(held) + 1;
     bucket[i] = static_cast<std::uint16_t>(key[i] == 0 ? 0 : b);
   }
 }
-FM_SIMD inline void rank_buckets(const std::uint64_t* key, float scale, std::uint16_t* bucket, std::int64_t n) {
-  constexpr float last = kRankBuckets - 2;
+FM_SIMD inline void rank_buckets(const std::uint64_t* key, float scale, std::uint16_t* bucket, int buckets,
+                                 std::int64_t n) {
+  const float last = static_cast<float>(buckets - 2);
   for (std::int64_t i = 0; i < n; ++i) {
     double wide;
     std::memcpy(&wide, &key[i], 8);
@@ -45,10 +47,34 @@ FM_SIMD inline void rank_buckets(const std::uint64_t* key, float scale, std::uin
   }
 }
 
-FM_SIMD inline std::int64_t count_below(const std::uint32_t* key, std::int64_t n, std::uint32_t k) {
+FM_SIMD inline std::int64_t count_below_plain(const std::uint32_t* key, std::int64_t n, std::uint32_t k) {
   std::int32_t found = 0;
-  for (std::int64_t i = 0; i < n; ++i) found += static_cast<std::int32_t>(key[i]) < static_cast<std::int32_t>(k);
+  for (std::int64_t i = 0; i < n; ++i) found += key[i] < k;
   return found;
+}
+#ifdef FASTMERGE_AVX512
+// n a multiple of 64.
+FM_AVX512 inline std::int64_t count_below_wide(const std::uint32_t* key, std::int64_t n, std::uint32_t k) {
+  const __m512i limit = _mm512_set1_epi32(static_cast<int>(k));
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < n; i += 64) {
+    std::uint64_t bits = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      bits |= static_cast<std::uint64_t>(_mm512_cmplt_epu32_mask(_mm512_loadu_si512(key + i + 16 * j), limit))
+              << 16 * j;
+    found += __builtin_popcountll(bits);
+  }
+  return found;
+}
+#endif
+inline std::int64_t count_below(const std::uint32_t* key, std::int64_t n, std::uint32_t k) {
+#ifdef FASTMERGE_AVX512
+  const std::int64_t whole = has_avx512() ? n / 64 * 64 : 0;
+  return (whole ? count_below_wide(key, whole, k) : 0) + count_below_plain(key + whole, n - whole, k);
+#else
+  return count_below_plain(key, n, k);
+#endif
 }
 FM_SIMD inline std::int64_t count_below(const std::uint64_t* key, std::int64_t n, std::uint64_t k) {
   std::int64_t found = 0;
@@ -126,7 +152,7 @@ class Ranker {
   }
 
   // Buckets that hold about as many elements each as a smooth distribution allows, from a sample's upper quartile on.
-  float scale() const {
+  float scale(int buckets) const {
     constexpr int kSample = 64;
     K sample[kSample];
     for (int s = 0; s < kSample; ++s) sample[s] = key_[length_ * s / kSample];
@@ -136,28 +162,30 @@ class Ranker {
     if (key == 0) key = *std::max_element(key_.begin(), key_.end());
     C quartile;
     std::memcpy(&quartile, &key, sizeof(C));
-    const float wanted = (detail::kRankBuckets - 2) / (4.5f * static_cast<float>(quartile));
+    const float wanted = static_cast<float>(buckets - 2) / (4.5f * static_cast<float>(quartile));
     return wanted < 1e38f ? wanted : 1e38f;  // of 0 and of NaN too
   }
 
   void tabulate(const RankLimits& limits) {
-    std::int64_t buckets = 1;
+    int buckets = 1;
     start_[0] = 0;
     if (length_ <= kScan) {
       std::fill(bucket_.begin(), bucket_.end(), std::uint16_t{0});
       start_[1] = static_cast<std::int32_t>(length_);
     } else {
-      buckets = detail::kRankBuckets;
-      detail::rank_buckets(key_.data(), scale(), bucket_.data(), length_);
+      // Fewer for short rows: each costs as much as half an element.
+      for (buckets = 64; buckets < detail::kRankBuckets && 4 * buckets < length_;) buckets *= 2;
+      detail::rank_buckets(key_.data(), scale(buckets), bucket_.data(), buckets, length_);
       // Four counters for each, or equal neighbours would wait for one another.
-      std::int32_t count[4][detail::kRankBuckets] = {};
+      std::int32_t count[4 * detail::kRankBuckets];
+      std::fill(count, count + 4 * buckets, 0);
       std::int64_t i = 0;
       for (; i + 4 <= length_; i += 4)
-        for (int j = 0; j < 4; ++j) ++count[j][bucket_[i + j]];
-      for (; i < length_; ++i) ++count[0][bucket_[i]];
+        for (int j = 0; j < 4; ++j) ++count[j * buckets + bucket_[i + j]];
+      for (; i < length_; ++i) ++count[bucket_[i]];
       std::int32_t sum = 0;
-      for (int b = 0; b < detail::kRankBuckets; ++b)
-        start_[b + 1] = sum += count[0][b] + count[1][b] + count[2][b] + count[3][b];
+      for (int b = 0; b < buckets; ++b)
+        start_[b + 1] = sum += count[b] + count[b + buckets] + count[b + 2 * buckets] + count[b + 3 * buckets];
     }
     const double step = static_cast<double>(limits.span) / static_cast<double>(limits.divisor) / 65536.0;
     detail::rank_bounds(start_.data(), static_cast<float>(limits.first) / 65536.0f, static_cast<float>(step), bounds_,
