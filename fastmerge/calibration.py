@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from .errors import BadInput, did_you_mean
-from .gradients import LOSSES, Gradient, gradient
+from .gradients import Gradient, gradient
+from .losses import LOSSES
 
 KINDS = ("text", "lm", "image")
 AUTO = {

@@ -33,14 +33,16 @@ def fw(
         list[str] | None, typer.Option(help="TASK=FOLDER: the model whose head judges a task's records (repeatable).")
     ] = None,
     soft: Annotated[bool, typer.Option("--soft", help="Several vertices per step, coefficients optimised.")] = False,
-    preset: Annotated[str | None, typer.Option(help="published or fusion_bench.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="robust (for pools of unknown use), published or fusion_bench.")
+    ] = None,
     iterations: Annotated[int | None, typer.Option(min=0)] = None,
     step: Annotated[str | None, typer.Option(help="harmonic, constant, line_search or short.")] = None,
     step_size: Annotated[float | None, typer.Option()] = None,
     scale: Annotated[float | None, typer.Option()] = None,
     inner: Annotated[str | None, typer.Option(help="Inner merge method. [default: task_arithmetic]")] = None,
     granularity: Annotated[str | None, typer.Option(help="layer or model.")] = None,
-    metric: Annotated[str | None, typer.Option(help="dot or cosine.")] = None,
+    metric: Annotated[str | None, typer.Option(help="dot, cosine or slope.")] = None,
     init: Annotated[str | None, typer.Option(help="merge, base or a checkpoint.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Vertices per soft step.")] = None,
     constraint: Annotated[str | None, typer.Option(help="Soft: simplex, capped or none.")] = None,
@@ -89,9 +91,10 @@ def fw(
             "select",
             "exclude",
             "missing",
+            "scale",
         )
-        own = ("top_k", "constraint", "inner_steps") if soft else ("step", "step_size", "scale", "inner")
-        other = ("step", "step_size", "scale", "inner") if soft else ("top_k", "constraint", "inner_steps")
+        own = ("top_k", "constraint", "inner_steps") if soft else ("step", "step_size", "inner")
+        other = ("step", "step_size", "inner") if soft else ("top_k", "constraint", "inner_steps")
         for name in other:
             if given[name] is not None:
                 raise BadInput(

@@ -119,15 +119,14 @@ def run(
     clock = Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     method: Method = recipe.method
-    if method.name in ("frank_wolfe", "frank_wolfe_soft"):  # their data is named by the recipe's parameters
-        from .fw.recipes import run_recipe
-
+    if method.job_pass is not None:
         where = None if out is None else Path(out)
-        return run_recipe(
+        report: Report = method.job_pass(
             recipe, where, device=device, resume=resume, force=force, max_memory=max_memory, max_vram=max_vram,
             max_shard_bytes=max_shard_bytes, threads=threads, nan=nan, allow_pickle=allow_pickle,
             ignore_extra=ignore_extra, progress=progress, dry_run=dry_run,
         )  # fmt: skip
+        return report
     if method.needs_data:
         raise BadInput(
             f"{method.name} needs data, which a recipe does not carry", remedy=f"see `fastmerge methods {method.name}`"

@@ -117,32 +117,32 @@ def oracle(folders: Sequence[Path], repeat: int, published: bool) -> dict[str, A
     return out
 
 
-def family_with(
-    irrelevant: int, quick: bool
-) -> tuple[Any, list[str], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+def family_with(irrelevant: int, quick: bool, harsh: bool = True) -> tuple[Any, list[str], list[State], list[State]]:
     """The demo's family, four of its tasks, their fine-tunes, and candidates that have nothing to do with them.
 
-    Irrelevant are the other tasks' fine-tunes; of the rest every other one is a network of fresh random weights, and
-    every other one a fine-tune whose deltas were shuffled within each tensor and made four times as long (as those of a
-    longer training are): meaningless, but near the base.
+    Irrelevant are the other tasks' fine-tunes; of the rest (harsh: every other one of the rest) each is a fine-tune whose
+    deltas were shuffled within each tensor: meaningless, but near the base, and twice as long (harsh: four times, as
+    those of a longer training are). Harsh: the others are networks of fresh random weights.
     """
     from fastmerge import demo
 
     family = demo.prepare(quick=quick)
     tasks, others = list(family.tasks)[:4], list(family.tasks)[4:]
     base = family.state()
-    extra = [family.state(t) for t in others]
+    extra: list[State] = [family.state(t) for t in others]
     g = torch.Generator().manual_seed(0)
     while len(extra) < irrelevant:
-        if len(extra) % 2:
+        if harsh and len(extra) % 2:
             fresh = family.model()
             fresh.initialize(g)
             extra.append({n: t.detach().to(base[n].dtype) for n, t in fresh.state_dict().items()})
             continue
-        source = family.state(tasks[len(extra) % 4])
+        source, length = family.state(tasks[len(extra) % 4]), 4 if harsh else 2
         extra.append(
             {
-                n: (b + 4 * (source[n] - b).flatten()[torch.randperm(b.numel(), generator=g)].view(b.shape)).to(b.dtype)
+                n: (b + length * (source[n] - b).flatten()[torch.randperm(b.numel(), generator=g)].view(b.shape)).to(
+                    b.dtype
+                )
                 for n, b in base.items()
             }
         )
@@ -190,7 +190,8 @@ def end_to_end(quick: bool) -> dict[str, Any]:
 
 
 def scale(quick: bool) -> dict[str, Any]:
-    family, tasks, relevant, extra = family_with(16, quick)
+    """Mean test accuracy of four tasks with their fine-tunes alone, and with 16 irrelevant candidates beside them."""
+    family, tasks, relevant, harsh = family_with(16, quick)
     base = family.state()
     ask = fm.gradient(
         family.model(), family.loss, {t: family.calibration(t) for t in tasks}, workers=torch.get_num_threads()
@@ -200,22 +201,33 @@ def scale(quick: bool) -> dict[str, Any]:
         found = family.evaluate(state, split, tasks=tasks, limit=100 if split == "calibration" else None)
         return 100 * sum(found.values()) / len(found)
 
+    searched = {"init": "base", "step": "line_search", "search_evaluations": 6, "iterations": 6}
+    hard: dict[str, dict[str, Any]] = {
+        "frank_wolfe robust": {"preset": "robust"},
+        "frank_wolfe slope, line search": {"metric": "slope", **searched},
+        "frank_wolfe dot, line search": searched,
+    }
+    soft: dict[str, dict[str, Any]] = {
+        "frank_wolfe_soft robust": {"preset": "robust"},
+        "frank_wolfe_soft dot, capped": {"constraint": "capped", "iterations": 3, "inner_steps": 5},
+    }
     rows: dict[str, Any] = {"base": accuracy(base)}
-    pools = {"4": relevant, "4 + 16": [*relevant, *extra]}
+    pools = {
+        "4": relevant,
+        "4 + 16 near": [*relevant, *family_with(16, quick, harsh=False)[3]],
+        "4 + 16 harsh": [*relevant, *harsh],
+    }
     for name, pool in pools.items():
         sums = {x: fm.merge("task_arithmetic", base, pool, weight=1.0, lambda_=x) for x in (0.05, 0.1, 0.29)}
         rows[f"task_arithmetic 0.29, {name}"] = accuracy(sums[0.29])
         scores = {x: accuracy(state, "calibration") for x, state in sums.items()}
         best = max(scores, key=lambda x: scores[x])
         rows[f"task_arithmetic chosen, {name}"] = accuracy(sums[best])
-        rows[f"lambda chosen, {name}"] = best
-        hard = fm.frank_wolfe(
-            base, pool, ask, init="base", step="line_search", search_evaluations=6, iterations=6, norm_cache=False
-        )
-        rows[f"frank_wolfe, {name}"] = accuracy(hard.state_dict)
-        soft = fm.frank_wolfe_soft(base, pool, ask, iterations=4, constraint="capped", inner_steps=8, norm_cache=False)
-        rows[f"frank_wolfe_soft, {name}"] = accuracy(soft.state_dict)
-        rows[f"irrelevant weight, {name}"] = [max(sum(w[5:-1]) for w in r.coefficients.values()) for r in (hard, soft)]
+        for methods, run in ((hard, fm.frank_wolfe), (soft, fm.frank_wolfe_soft)):
+            for method, options in methods.items():
+                took, result = seconds(lambda: run(base, pool, ask, norm_cache=False, **options))  # noqa: B023
+                rows[f"{method}, {name}"] = accuracy(result.state_dict)
+                rows[f"{method}, {name}, seconds"] = round(took, 1)
     return rows
 
 

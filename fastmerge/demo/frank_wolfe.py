@@ -18,7 +18,8 @@ from .search import Parameters
 from .vit import load_checkpoint, logits, save_checkpoint
 from .worker import one_thread
 
-STEP_SIZES = (0.1, 0.3, 1.0)  # 0.1 is the paper's
+STARTS = (0.3, 0.5, 0.7)  # λ of the task arithmetic that the search starts from
+WORKERS = 4  # batches that are differentiated at once; fixed, so that sums do not depend on the number of cores
 
 
 def _gradient(family: DemoFamily, images: int) -> Gradient:
@@ -27,10 +28,12 @@ def _gradient(family: DemoFamily, images: int) -> Gradient:
     def loss_of(head: torch.Tensor) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
         return lambda model, batch: functional.cross_entropy(logits(model(batch[0]), head), batch[1])
 
+    size = -(-images // WORKERS)
     batches = {
-        name: [(x, y) for _, x, y in family.calibration(name, batch=images, limit=images)] for name in family.tasks
+        name: [(x, y) for _, x, y in family.calibration(name, batch=size, limit=images)] for name in family.tasks
     }
-    return gradient(family.model(), {name: loss_of(head) for name, head in family.heads.items()}, batches)
+    losses = {name: loss_of(head) for name, head in family.heads.items()}
+    return gradient(family.model(), losses, batches, workers=WORKERS)
 
 
 def _row(
@@ -57,9 +60,10 @@ def _row(
 
 
 def hard_row(family: DemoFamily, out: Path, budget: Budget) -> Row:
-    """10 iterations of the paper's hard variant from the task-arithmetic merge."""
+    """Hard: short steps down the steepest vertex of each layer, from a task-arithmetic merge (the paper's start)."""
     ask = _gradient(family, budget.gradient)
-    settings: list[Parameters] = [{"step_size": s} for s in STEP_SIZES]
+    fixed = {"preset": "robust", "init": "merge", "iterations": budget.hard}
+    settings: list[Parameters] = [{"scale": s, **fixed} for s in STARTS]
 
     def solve(parameters: Parameters) -> FrankWolfeResult:
         return frank_wolfe(family.base_dir, list(family.task_dirs.values()), ask, norm_cache=False, **parameters)
@@ -68,10 +72,13 @@ def hard_row(family: DemoFamily, out: Path, budget: Budget) -> Row:
 
 
 def soft_row(family: DemoFamily, out: Path, budget: Budget) -> Row:
-    """Soft: coefficients per layer of all tasks' vertices, found by projected gradient."""
+    """Soft: coefficients per layer of all tasks' vertices, found by projected gradient from a task-arithmetic merge.
+
+    All vertices are in every step, so that one iteration searches the hull of the start and them.
+    """
     ask = _gradient(family, budget.gradient)
-    fixed = {"iterations": budget.soft[0], "inner_steps": budget.soft[1], "top_k": len(family.tasks)}
-    settings: list[Parameters] = [{"constraint": "capped", **fixed}]
+    fixed = {"preset": "robust", "init": "merge", "iterations": 1, "inner_steps": budget.soft}
+    settings: list[Parameters] = [{"scale": s, "top_k": len(family.tasks), **fixed} for s in STARTS]
 
     def solve(parameters: Parameters) -> FrankWolfeResult:
         return frank_wolfe_soft(family.base_dir, list(family.task_dirs.values()), ask, norm_cache=False, **parameters)

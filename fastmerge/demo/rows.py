@@ -51,11 +51,12 @@ class Budget:
     calibration: int  # images that choose parameters
     test: int  # images that are reported
     gradient: int  # calibration images that gradients are taken on
-    soft: tuple[int, int]  # iterations of soft Frank-Wolfe and coefficient steps in each
+    hard: int  # iterations of hard Frank-Wolfe
+    soft: int  # evaluations of soft Frank-Wolfe's coefficients
 
 
-QUICK = Budget(calibration=100, test=500, gradient=40, soft=(3, 6))
-FULL = Budget(calibration=300, test=1000, gradient=100, soft=(5, 15))
+QUICK = Budget(calibration=100, test=500, gradient=40, hard=4, soft=5)
+FULL = Budget(calibration=300, test=1000, gradient=100, hard=4, soft=5)
 
 
 def mean(accuracies: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from ..io.pipeline import Buffers, Files, Source
+from .sharding import whole
 
 
 class Readable(Protocol):
@@ -175,7 +176,8 @@ def open_candidate(given: Any, index: int, *, allow_pickle: bool = False, factor
     if isinstance(given, Checkpoint):
         return Candidate(given)
     if isinstance(given, Mapping):
-        return Candidate(from_state_dict(given, f"candidates[{index}]"))
+        label = f"candidates[{index}]"
+        return Candidate(from_state_dict(whole(given, label), label))
     if not isinstance(given, (str, Path)):
         raise BadInput(
             f"candidates[{index}] is a {type(given).__name__}", remedy="give a path, a hub id, a state_dict or a module"

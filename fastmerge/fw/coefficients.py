@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .simplex import project_capped, project_simplex
 
-_SHRINK, _GROW, _SMALLEST = 0.5, 1.5, 1e-10
+_SHRINK, _GROW, _MOST, _SMALLEST = 0.4, 2.0, 100.0, 1e-10
 
 
 class Objective(Protocol):
@@ -19,22 +19,68 @@ class Objective(Protocol):
         ...
 
 
-def project(w: Tensor, constraint: str) -> Tensor:
+def project(w: Tensor, constraint: str, metric: Tensor | None = None) -> Tensor:
     """The nearest allowed coefficients: each column on the simplex, under it, or anywhere."""
     if constraint == "simplex":
-        return project_simplex(w)
-    return project_capped(w) if constraint == "capped" else w
+        return project_simplex(w, metric=metric)
+    return project_capped(w, metric=metric) if constraint == "capped" else w
+
+
+class Spectral:
+    """Spectral projected gradient (Birgin, Martinez, Raydan 2000), kept monotone, in the geometry of the weights.
+
+    A coefficient w_j moves θ by w_j·(s_j − θ), so that lengths of w are measured by D = diag ‖s_j − θ‖²:
+    w ← P_D(w − η·D⁻¹∇). Vertices far away and near take steps of one length, where a common step for raw coefficients
+    is as small as the farthest vertex needs. η follows Barzilai and Borwein, ⟨Δw, DΔw⟩ / ⟨Δw, Δ∇⟩, and shrinks where the
+    loss would rise (the point is then rejected). It is kept from one call to the next; at first it is the inverse of
+    the layers' mean ⟨g, θ − s⟩/‖s − θ‖² of the steepest vertex, for which one layer's full step is right.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0.0
+
+    def __call__(
+        self, objective: Objective, w: Tensor, value: float, slope: Tensor, squares: Tensor, steps: int,
+        constraint: str, losses: list[float],
+    ) -> Tensor:  # fmt: skip
+        """w after at most `steps` evaluations; losses of accepted points are added to `losses`."""
+        far = squares > 0
+        metric = torch.where(far, squares, squares.max() if bool(far.any()) else 1.0)  # s = θ: its gradient is 0
+        if not self.size:
+            steepest = (slope / metric.sqrt()).abs().argmax(0, keepdim=True)
+            curvature = float((slope.abs() / metric).gather(0, steepest).mean())
+            self.size = 1 / curvature if curvature > 0 else 1.0
+        smallest = self.size * _SMALLEST
+        for _ in range(steps):
+            moved = project(w - self.size * slope / metric, constraint, metric)
+            if torch.equal(moved, w):  # a stationary point of the constrained problem
+                break
+            found, there = objective(moved)
+            assert found is not None
+            if not found <= value:
+                self.size *= _SHRINK
+                if self.size < smallest:
+                    break
+                continue
+            step, bend = moved - w, float(((moved - w) * (there - slope)).sum())
+            length = float((metric * step * step).sum())
+            self.size = min(length / bend, _MOST * self.size) if bend > 0 else _GROW * self.size
+            w, value, slope = moved, found, there
+            losses.append(value)
+        return w
 
 
 def minimise(
-    objective: Objective, w: Tensor, *, steps: int, optimizer: str, lr: float | None, constraint: str
-) -> tuple[Tensor, list[float]]:
-    """(coefficients, losses on the way).
+    objective: Objective, w: Tensor, *, steps: int, optimizer: str, lr: float | None, constraint: str,
+    squares: Tensor, spectral: Spectral, known: tuple[float | None, Tensor] | None = None,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """(coefficients, losses on the way), of at most `steps` evaluations of the objective.
 
-    pgd with a fixed lr: w ← P(w − lr·∇), `steps` times. pgd without: the same with a step that halves whenever the loss
-    rises (the point is then rejected) and grows by half when it falls; it starts at 1/max|∇|, one move across the set.
-    adam: torch.optim.Adam, projected after each step. Raises BadInput when backtracking and the loss is unknown.
+    pgd with a fixed lr: w ← P(w − lr·∇), `steps` times. pgd without: `spectral`. adam: torch.optim.Adam,
+    projected after each step. `squares` [k, L] are ‖s − θ‖², `known` is the objective at w where that is known already.
+    Raises BadInput when a step is to be found from the loss and the loss is unknown.
     """
+    first = w
     w = project(w, constraint)
     if steps == 0:
         return w, []
@@ -42,7 +88,7 @@ def minimise(
         assert lr is not None
         return _adam(objective, w, steps, lr, constraint)
     losses: list[float] = []
-    value, slope = objective(w)
+    value, slope = known if known is not None and torch.equal(w, first) else objective(w)
     if value is not None:
         losses.append(value)
     if lr is not None:
@@ -58,24 +104,7 @@ def minimise(
             "without inner_lr the coefficients' step is found from the loss, which this gradient does not tell",
             remedy="pass inner_lr=, or a gradient made by fm.gradient (it sets .value)",
         )
-    steepest = float(slope.abs().max())
-    if steepest == 0:
-        return w, losses
-    size = 1.0 / steepest
-    for _ in range(steps - 1):
-        moved = project(w - size * slope, constraint)
-        if torch.equal(moved, w):  # a stationary point of the constrained problem
-            break
-        found, there = objective(moved)
-        assert found is not None
-        if found <= value:
-            w, value, slope, size = moved, found, there, size * _GROW
-            losses.append(value)
-        else:
-            size *= _SHRINK
-            if size * steepest < _SMALLEST:
-                break
-    return w, losses
+    return spectral(objective, w, value, slope, squares, steps - 1, constraint, losses), losses
 
 
 def _adam(objective: Objective, w: Tensor, steps: int, lr: float, constraint: str) -> tuple[Tensor, list[float]]:

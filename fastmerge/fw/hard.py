@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..errors import BadInput
 from . import presets, steps
+from .choice import Choice, Products, choose, total_row
 from .inner import Inner
 from .norms import NormCache, default_folder
-from .oracle import Choice, Products, choose
 from .problem import Problem, State, open_start, opened_problem
 from .result import Coefficients, FrankWolfeResult
 from .trace import Iteration, Trace
 
+METRICS = ("dot", "cosine", "slope")
 GradientFunction = Callable[[State], Mapping[str, Tensor]]
 Progress = Callable[[int, int, Iteration], None]
 
@@ -36,7 +37,7 @@ def frank_wolfe(
     scale: float = 0.29,
     inner: str = "task_arithmetic",
     granularity: Literal["layer", "model"] = "layer",
-    metric: Literal["dot", "cosine"] = "dot",
+    metric: Literal["dot", "cosine", "slope"] = "dot",
     zero_if_ascent: bool = False,
     init: Any = "merge",
     preset: str | None = None,
@@ -74,15 +75,17 @@ def frank_wolfe(
         gradient: ``f(state_dict) -> {name: Tensor}`` at float32 weights, e.g. from ``fm.gradient``. Tensors without a
             gradient keep what the start gives them.
         step: "harmonic" (η as above), "constant" (η = scale·step_size), or rules that find η in [0, 1] themselves and
-            ignore step_size and scale: "line_search" on the loss, "short" (gap / (L‖s − θ‖²), L = `lipschitz` or found
-            by backtracking on the loss).
+            ignore step_size and scale: "line_search" on the loss, one η for all tensors; "short", η of each layer (or
+            of the model) gap / (L‖s − θ‖²), L = `lipschitz` or found by backtracking on the loss.
         inner: a merge method; its ``lambda`` takes η. `inner_parameters` are its others (weight defaults to 1).
-        metric: "dot" (the paper), or "cosine" between gradient and raw candidate (the authors' code).
+        metric: "dot" (the paper), "cosine" between gradient and raw candidate (the authors' code), or "slope",
+            ⟨g, s − θ⟩ / ‖s − θ‖: the way down that is steepest, which a vertex does not win by being far away.
         zero_if_ascent: a tensor whose best score is not negative moves towards zero instead (in the space of deltas,
             towards the base).
         init: "merge" (the inner merge of all candidates with `scale`), "base", or a checkpoint or state_dict.
         pool_init: the start is the last candidate, called "initial" (one more copy of the model in memory).
-        preset: "published" or "fusion_bench"; explicit arguments win over it.
+        preset: "robust" (slope, short steps, from the base: for pools of unknown use), "published" or "fusion_bench";
+            explicit arguments win over it.
         loss: ``f(state_dict) -> float``; default: ``gradient.loss`` when there is one.
         gap_tolerance: stop when the duality gap is at most this.
         select, exclude: regular expressions; floating tensors that match none of select or any of exclude keep the
@@ -105,7 +108,7 @@ def frank_wolfe(
     Raises: BadInput, naming the candidate and tensor, for anything that does not fit, is damaged or not finite.
     Source: FW-Merging (arXiv:2503.12649), alg. 1; Jaggi 2013 (gap); Lacoste-Julien et al. 2013 (products of hulls).
     """
-    check(iterations, step_size, scale, step, metric, granularity, missing, space, lora, shards)
+    check(iterations, step_size, scale, step, metric, granularity, missing, space, lora, shards, zero_if_ascent)
     maker = Inner(inner, inner_parameters, seed=seed)
     loss = loss or getattr(gradient, "loss", None)
     if step == "line_search" and loss is None:
@@ -139,7 +142,7 @@ def frank_wolfe(
             clock = time.perf_counter()
             found, value = ask(problem, gradient)
             asked = time.perf_counter()
-            products = measure(problem, found, norms)
+            products = measure(problem, found, norms, relative=metric == "slope")
             if t == 0:
                 record.duplicates = duplicates(problem, products)
             choice = choose(products, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
@@ -152,21 +155,31 @@ def frank_wolfe(
             here.seconds = {"gradient": asked - clock, "oracle": chosen - asked}
             done = _stop(products, choice, gap_tolerance)
             if not done:
+                eta: float | dict[str, float]
                 if step in steps.SEARCHING:
                     if value is None and loss is not None:
-                        value = here.loss = float(loss(problem.state()))
-                    gamma = _search(problem, maker, picks, found, value, loss, short, search_evaluations, t)
-                    eta = gamma
-                    done = "no step lowers the loss" if gamma == 0 else ""
+                        value = here.loss = problem.layout.average(float(loss(problem.state())))
+                    search = _Search(problem, maker, picks, loss, t)
+                    if short is None:
+                        assert value is not None
+                        eta, _ = steps.line_search(search.at, value, evaluations=search_evaluations)
+                    else:
+                        eta = search.short(short, found, products, value, granularity, relative=metric == "slope")
+                    done = "" if (any(eta.values()) if isinstance(eta, dict) else eta) else "no step lowers the loss"
+                    here.gamma = sum(eta.values()) / len(eta) if isinstance(eta, dict) else eta
+                    here.coefficient = here.gamma
+                    del search
                 else:
-                    gamma = steps.decaying(step, t, step_size)
-                    eta = scale * gamma
+                    here.gamma = steps.decaying(step, t, step_size)
+                    here.coefficient = eta = scale * here.gamma
                 del found  # the step needs the memory more
-                here.gamma, here.coefficient = gamma, eta
-                if eta:
+                each = eta if isinstance(eta, dict) else dict.fromkeys(picks, eta)
+                if isinstance(eta, dict) and granularity == "layer":
+                    here.coefficients = [each.get(n) for n in problem.names]
+                if any(each.values()):
                     maker.step(problem, problem.theta, picks, eta, t)
                     for name, k in picks.items():
-                        weights.move(name, {k: eta})
+                        weights.move(name, {k: each[name]})
                 here.seconds["step"] = time.perf_counter() - chosen
             record.stopped = done or ("all iterations done" if t + 1 == iterations else "")
             if trace is not None:
@@ -180,12 +193,12 @@ def frank_wolfe(
 
 def check(
     iterations: int, step_size: float, scale: float, step: str, metric: str, granularity: str, missing: str,
-    space: str | None, lora: str, shards: Any,
+    space: str | None, lora: str, shards: Any, zero_if_ascent: bool,
 ) -> None:  # fmt: skip
     """Raises BadInput for a setting that means nothing."""
     for what, value, known in (
         ("step", step, steps.RULES),
-        ("metric", metric, ("dot", "cosine")),
+        ("metric", metric, METRICS),
         ("granularity", granularity, ("layer", "model")),
         ("missing", missing, ("error", "zero")),
         ("space", space or "weights", ("weights", "deltas")),
@@ -193,6 +206,10 @@ def check(
     ):
         if value not in known:
             raise BadInput(f"{what} must be one of {', '.join(known)}, not {value!r}")
+    if zero_if_ascent and metric == "slope":
+        raise BadInput(
+            "zero_if_ascent is a rule for scores of raw candidates", remedy="leave it out, or use metric='cosine'"
+        )
     if iterations < 0:
         raise BadInput(f"iterations must be at least 0, not {iterations}")
     for what, number in (("step_size", step_size), ("scale", scale)):
@@ -206,7 +223,7 @@ def ask(problem: Problem, gradient: GradientFunction, at: State | None = None) -
         found = gradient(problem.state(at))
     value = getattr(gradient, "value", None)
     taken = problem.take_gradient(found, getattr(gradient, "aliases", None))
-    return taken, None if value is None else float(value)
+    return taken, None if value is None else problem.layout.average(float(value))
 
 
 class Norms:
@@ -240,10 +257,15 @@ class Norms:
             self.cache.save(self.problem.pool.candidates, names, table)
 
 
-def measure(problem: Problem, gradients: State, norms: Norms | None) -> Products:
-    """Products over all processes, with norms when the metric needs them."""
-    wanted = norms.wanted(list(gradients)) if norms is not None else [False] * len(problem.pool.candidates)
-    products = problem.pool.products(gradients, problem.theta, norms=wanted)
+def measure(problem: Problem, gradients: State, norms: Norms | None, *, relative: bool = False) -> Products:
+    """Products over all processes, with norms when the metric needs them; `relative`: from θ (the slope's)."""
+    wanted = norms.wanted(list(gradients)) if norms is not None else [relative] * len(problem.pool.candidates)
+    failure = None
+    try:
+        products = problem.pool.products(gradients, problem.theta, norms=wanted, relative=relative)
+    except BadInput as error:
+        failure = error
+    problem.layout.agree(failure)
     if problem.layout.sharded:
         products = problem.layout.reduce_products(products, problem.names)
     if norms is not None:
@@ -288,26 +310,44 @@ def _stop(products: Products, choice: Choice, tolerance: float | None) -> str:
     return ""
 
 
-def _search(
-    problem: Problem, maker: Inner, picks: Mapping[str, int], found: State, value: float | None,
-    loss: Callable[[State], float] | None, short: steps.ShortStep | None, evaluations: int, t: int,
-) -> float:  # fmt: skip
-    """γ of a searching rule; trial points live in one more copy of θ."""
-    trial = problem.empty()
+class _Search:
+    """What a searching rule asks for: the loss at trial points, which live in one more copy of θ."""
 
-    def at(gamma: float) -> float:
-        assert loss is not None
-        for name, x in problem.theta.items():
-            trial[name].copy_(x)
-        if gamma:
-            maker.step(problem, trial, picks, gamma, t)
-        return float(loss(problem.state(trial)))
+    def __init__(
+        self, problem: Problem, maker: Inner, picks: Mapping[str, int], loss: Callable[[State], float] | None, t: int
+    ) -> None:
+        self.problem, self.maker, self.picks, self.loss, self.t = problem, maker, picks, loss, t
+        self.trial: State = {}
 
-    if short is None:
-        assert value is not None
-        return steps.line_search(at, value, evaluations=evaluations)[0]
-    descent, square = maker.direction(problem, picks, found)
-    return short(descent, square, value, at)[0]
+    def at(self, step: float | Mapping[str, float]) -> float:
+        """ℓ after a step."""
+        assert self.loss is not None
+        self.trial = self.trial or self.problem.empty()
+        for name, x in self.problem.theta.items():
+            self.trial[name].copy_(x)
+        self.maker.step(self.problem, self.trial, self.picks, step, self.t)
+        return self.problem.layout.average(float(self.loss(self.problem.state(self.trial))))
+
+    def short(
+        self, rule: steps.ShortStep, found: State, products: Products, value: float | None, granularity: str, *,
+        relative: bool,
+    ) -> dict[str, float]:  # fmt: skip
+        """γ of every tensor; one for all with granularity "model"."""
+        names = list(self.picks)
+        if relative:
+            column = {n: i for i, n in enumerate(products.names)}
+            at = [(k, column[n]) for n, k in self.picks.items()]
+            table = torch.tensor([[-float(products.dots[c]), float(products.squares[c])] for c in at])
+        else:
+            table = self.maker.direction(self.problem, self.picks, found)
+        if granularity == "model":
+            table = total_row(table.T).T
+        spread = (
+            (lambda y: dict.fromkeys(names, y[0]))
+            if granularity == "model"
+            else (lambda y: dict(zip(names, y, strict=True)))
+        )
+        return spread(rule(table[:, 0].tolist(), table[:, 1].tolist(), value, lambda y: self.at(spread(y))))
 
 
 __all__ = ["FrankWolfeResult", "GradientFunction", "frank_wolfe"]

@@ -70,9 +70,12 @@ class Inner:
         merged = self.merge(base, everyone, scale, self.seed)
         problem.theta = {n: t.to(problem.device) for n, t in merged.items()}
 
-    def step(self, problem: Problem, theta: State, picks: Mapping[str, int], step: float, t: int) -> None:
-        """Moves `theta` in place towards the picked vertex of each tensor."""
+    def step(
+        self, problem: Problem, theta: State, picks: Mapping[str, int], step: float | Mapping[str, float], t: int
+    ) -> None:
+        """Moves `theta` in place towards the picked vertex of each tensor, by one step or (linear only) each its own."""
         if self.linear:
+            steps = step if isinstance(step, Mapping) else dict.fromkeys(picks, step)
 
             def move(name: str, begin: int, end: int) -> None:
                 here = theta[name].view(-1)[begin:end]
@@ -80,20 +83,19 @@ class Inner:
                 s: Tensor | None = None
                 if k >= 0 or problem.space == "deltas":
                     s = problem.pool.vertex(name, k)(begin, end, "fw0").to(here.device)
-                fw_step([here], [s], step)
+                fw_step([here], [s], steps[name])
 
-            problem.pool.each({n: theta[n].numel() for n in picks}, move)
+            problem.pool.each({n: theta[n].numel() for n in picks if steps[n]}, move)
             return
+        assert not isinstance(step, Mapping)
         here = from_state_dict({n: theta[n] for n in picks}, "the current point")
         target = from_state_dict({n: vertex(problem, k, [n])[n] for n, k in picks.items()}, "the vertex")
         # Random methods draw anew in every iteration.
         for n, merged in self.merge(here, [target], step, self.seed + 1 + t).items():
             theta[n].copy_(merged)
 
-    def direction(
-        self, problem: Problem, picks: Mapping[str, int], gradients: Mapping[str, Tensor]
-    ) -> tuple[float, float]:
-        """(⟨g, θ − s⟩, ‖s − θ‖²) over all tensors and processes, one read of the picked vertices."""
+    def direction(self, problem: Problem, picks: Mapping[str, int], gradients: Mapping[str, Tensor]) -> Tensor:
+        """[tensors of picks, 2] ⟨g, θ − s⟩ and ‖s − θ‖² over all processes, one read of the picked vertices."""
         found: dict[tuple[str, int], Tensor] = {}
 
         def add(name: str, begin: int, end: int) -> None:
@@ -105,15 +107,15 @@ class Inner:
             g = gradients[name].detach().reshape(-1)[begin:end]
             sums = fw_step([here], [s], 0.0, gradients=[g])
             assert sums is not None
-            found[name, begin] = sums[0].cpu()
+            found[name, begin] = sums.cpu()
 
         counted = {n: problem.parts[n].numel for n in picks if n in gradients and problem.layout.counts(n)}
         problem.pool.each(counted, add)
-        total = torch.zeros(2, dtype=torch.float64)
-        for key in sorted(found):  # in a fixed order, whatever the threads did
-            total = total + found[key]
-        total = problem.layout.reduce(total)
-        return -float(total[0]), float(total[1])
+        row = {n: i for i, n in enumerate(picks)}
+        out = torch.zeros(len(picks), 2, dtype=torch.float64)
+        for name, begin in sorted(found):  # in a fixed order, whatever the threads did
+            out[row[name]] += found[name, begin][0]
+        return problem.layout.reduce(out) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
 
 def only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:

@@ -9,7 +9,6 @@ Either way the sums are those of ``ops.fw_lmo`` on whole tensors, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,40 +19,15 @@ from ..errors import BadInput
 from ..io.pipeline import Files, Source
 from ..io.pipeline import Pool as Workers
 from ..ops import fw_products
-from ..ops.fw_lmo import choose as choose_from
 from ..ops.fw_products import BLOCK, FwProducts, Piece, ReadFailed, native
 from .candidates import Candidate, Readable, Zeros
+from .choice import Part, Products
 
 PIECE = 16 * BLOCK  # elements: large enough that a call's overhead does not show, small enough for the shared cache
 GROUP = 4  # candidates per call: bounds the buffers, whatever the number of candidates
 CALL = 256 * BLOCK  # elements per call where the kernel reads: bounds its sums of blocks, and how long Ctrl-C waits
 
 Place = Callable[[int, int], "Tensor | Piece"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The elements [begin, end) of a flattened tensor that this process holds; `base` is where the base has them."""
-
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    base: int
-
-    @property
-    def numel(self) -> int:
-        return self.end - self.begin
-
-
-@dataclass
-class Products:
-    """Sums over each tensor, float64: what one pass over the candidates leaves."""
-
-    names: list[str]
-    dots: Tensor  # [K, L] ⟨g, s⟩
-    squares: Tensor  # [K, L] ‖s‖²; NaN when not asked for
-    point: Tensor  # [L] ⟨g, θ⟩
-    gradient: Tensor  # [L] ‖g‖²
 
 
 class Pool:
@@ -142,8 +116,12 @@ class Pool:
         *,
         norms: Sequence[bool],
         only: Sequence[int] | None = None,
+        relative: bool = False,
     ) -> Products:
         """⟨g, s⟩ of every tensor and candidate in one read, with ⟨g, θ⟩ and ‖g‖²; ‖s‖² of those that `norms` marks.
+
+        With `relative` ⟨g, s − θ⟩ and ‖s − θ‖²: the difference is taken before the sums, which lose nothing where
+        candidates are near.
 
         Raises BadInput that names the gradient, candidate and tensor where a product is not finite.
         """
@@ -154,7 +132,7 @@ class Pool:
             *(torch.full((count, len(names)), float("nan"), dtype=torch.float64) for _ in range(2)),
             *(torch.zeros(len(names), dtype=torch.float64) for _ in range(2)),
         )
-        done = self._straight(out, gradients, point, norms, rows)
+        done = set() if relative else self._straight(out, gradients, point, norms, rows)
         # Tensors in order of size, the largest first, so that threads end together; a tensor too large for that is cut
         # by candidates (its gradient is then read once per cut).
         total = sum(g.numel() for g in gradients.values())
@@ -181,12 +159,16 @@ class Pool:
             carry: list[FwProducts | None] = [None] * (len(groups) + 1)
             theta = point[name].detach().reshape(-1)
             origin = self.origin(name) if self.space == "deltas" else None
+            if relative:
+                readers = {r: self._from(theta, self.vertex(name, rows[r])) for r in members}
             for begin in range(0, g.numel(), PIECE) or (0,):
                 end = min(begin + PIECE, g.numel())
                 here = g[begin:end]
                 if of_theta:
                     at = theta[begin:end]
-                    if origin is not None:
+                    if relative:
+                        at = torch.zeros_like(at)
+                    elif origin is not None:
                         at = at - origin(begin, end, "origin").to(at)
                     carry[-1] = fw_products(here, [at], norms=False, carry=carry[-1])
                 for n, group in enumerate(groups):
@@ -203,6 +185,17 @@ class Pool:
         self.workers.each(len(jobs), run)
         self._check_finite(out, gradients, rows)
         return out
+
+    def _from(self, theta: Tensor, read: Callable[[int, int, str], Tensor]) -> Callable[[int, int, str], Tensor]:
+        """read(begin, end, key) of s − θ."""
+
+        def moved(begin: int, end: int, key: str) -> Tensor:
+            x, here = read(begin, end, key).to(theta.device).float(), theta[begin:end]
+            if x.device.type != "cpu":
+                return x - here
+            return torch.sub(x, here, out=self.workers.buffers.get(key + " step", end - begin, torch.float32))
+
+        return moved
 
     def _straight(
         self,
@@ -323,31 +316,3 @@ class Pool:
 
 def _within(flat: Tensor, first: int = 0) -> Place:
     return lambda begin, end: flat[first + begin : first + end]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the oracle picked. Layer: one entry per tensor; model: one for all."""
-
-    chosen: list[int]  # candidate, or -1 for the zero vertex
-    scores: list[float]  # of the pick
-    margins: list[float]  # how much worse the runner-up is (inf when there is none)
-    gap: float  # max over the hull of ⟨g, θ − s⟩
-    table: Tensor  # [K, L] or [K, 1] scores
-
-
-def choose(p: Products, *, metric: str, granularity: str, zero_if_ascent: bool) -> Choice:
-    """The best vertex by score (the first of equals), and the duality gap, which always uses the inner product."""
-    sums = [FwProducts(p.dots[:, i], p.squares[:, i], p.gradient[i]) for i in range(len(p.names))]
-    picked = choose_from(sums, metric=metric, granularity=granularity, zero_if_ascent=zero_if_ascent)
-    table = picked.score
-    best = table.min(0).values
-    margins = [float("inf")] * table.shape[1]
-    if table.shape[0] > 1:
-        two = table.sort(0).values[:2]
-        margins = (two[1] - two[0]).tolist()
-    inner = table if metric == "dot" else choose_from(sums, metric="dot", granularity=granularity).score
-    lowest = inner.min(0).values
-    if zero_if_ascent:
-        lowest = lowest.clamp(max=0)  # the zero vertex is part of the hull
-    return Choice(picked.choice.tolist(), best.tolist(), margins, float(p.point.sum() - lowest.sum()), table)

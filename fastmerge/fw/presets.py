@@ -11,6 +11,8 @@ from ..errors import BadInput, did_you_mean
 F = TypeVar("F", bound=Callable[..., Any])
 
 HARD: dict[str, dict[str, Any]] = {
+    # For pools of unknown use: the steepest vertex of each layer, and a step of its own for each layer.
+    "robust": {"metric": "slope", "granularity": "layer", "step": "short", "init": "base", "iterations": 10},
     # The authors' code: cosines over raw weights, a tensor whose best cosine is not negative moves towards zero, the
     # start is one of the candidates.
     "published": {
@@ -38,6 +40,7 @@ HARD: dict[str, dict[str, Any]] = {
     },
 }
 SOFT: dict[str, dict[str, Any]] = {
+    "robust": {"metric": "slope", "constraint": "capped", "init": "base", "iterations": 3, "inner_steps": 5},
     # FusionBench's fw_soft, the only published soft variant: Adam on unconstrained coefficients.
     "fusion_bench": {
         "metric": "cosine",

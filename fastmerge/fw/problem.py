@@ -23,7 +23,7 @@ from ..io.pipeline import Buffers, Files, opened
 from ..io.pipeline import Pool as Workers
 from .candidates import Candidate, check_candidates, open_candidate
 from .oracle import Pool
-from .sharding import Layout, layout_of
+from .sharding import Layout, layout_of, whole
 
 State = dict[str, Tensor]
 
@@ -35,7 +35,7 @@ def as_checkpoint(given: Any, what: str, *, allow_pickle: bool = False) -> Check
     if isinstance(given, nn.Module):
         given = given.state_dict()
     if isinstance(given, Mapping):
-        return from_state_dict(given, what)
+        return from_state_dict(whole(given, what), what)
     if isinstance(given, (str, Path)):
         return open_checkpoint(given, allow_pickle=allow_pickle)
     raise BadInput(f"{what} is a {type(given).__name__}", remedy="give a path, a hub id, a state_dict or a module")
@@ -94,6 +94,7 @@ class Problem:
                 remedy=f"the base's first tensors are {', '.join(self.base.names()[:3])}",
             )
         self.parts = {n: self.layout.part(n, shapes[n]) for n in merged}
+        self.layout.check(self.parts)
         adapters = [c for c in opened if c.deltas]
         extra = sorted({n for c in adapters for n in c.names() if n not in shapes})
         if extra:
@@ -168,7 +169,7 @@ class Problem:
                     f"the gradient has {name!r}, which the base does not{did_you_mean(name, self.parts)}",
                     remedy="return names of the base's state_dict",
                 )
-            g = self.layout.unwrap(g)
+            g = self.layout.unwrap(name, g)
             if not isinstance(g, Tensor) or not g.is_floating_point():
                 raise BadInput(f"the gradient of {name!r} is not a floating-point tensor")
             if g.numel() != self.parts[name].numel:

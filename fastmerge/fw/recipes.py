@@ -207,8 +207,6 @@ def _rehearse(
     if name == "frank_wolfe_soft":
         soft.check(**{k: options[k] for k in inspect.signature(soft.check).parameters if k != "gradient"})
         copies = 3 + options["top_k"]
-        if options["init"] == "merge":
-            raise BadInput(f"{name} starts from init: base or a checkpoint")
     else:
         hard.check(**{k: options[k] for k in inspect.signature(hard.check).parameters})
         maker = Inner(options["inner"], None, seed=0)

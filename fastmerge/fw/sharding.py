@@ -1,7 +1,8 @@
 """Tensors split over processes: which part of each this process holds, and sums over the processes.
 
 Two layouts: DTensors sharded along their first axis (FSDP2, HSDP), whose parts are found from the placements; or plain
-tensors with explicit ranges of the flattened tensor, ``shards={name: (begin, end)}``. Only the K·L products travel.
+tensors with explicit ranges of the flattened tensor, ``shards={name: (begin, end)}``, which together hold every element
+once, or the same range on several processes (replicas). Only the K·L products and the loss travel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .oracle import Part, Products
+from .choice import Part, Products
 
 
 def _dtensor() -> Any:
@@ -45,8 +46,21 @@ class Layout:
     def wrap(self, name: str, local: Tensor) -> Tensor:
         return local
 
-    def unwrap(self, tensor: Any) -> Any:
+    def unwrap(self, name: str, tensor: Any) -> Any:
+        """This process's part of a gradient."""
         return tensor
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """Raises BadInput when the processes' parts do not make up the tensors."""
+
+    def average(self, loss: float) -> float:
+        """The mean of the processes' losses, the same number on each: they then take the same step."""
+        return loss
+
+    def agree(self, failure: BadInput | None) -> None:
+        """Raises `failure`, on every process as soon as one has one: nobody waits for a process that has stopped."""
+        if failure is not None:
+            raise failure
 
     def counts(self, name: str) -> bool:
         """Whether this process's part enters the sums (a replica does so on one process only)."""
@@ -82,6 +96,17 @@ class _Sharded(Layout):
         dist.all_reduce(moved, group=self.group)
         return moved.to(values.device)
 
+    def average(self, loss: float) -> float:
+        total = self.reduce(torch.tensor([loss, 1.0], dtype=torch.float64))
+        return float(total[0] / total[1])
+
+    def agree(self, failure: BadInput | None) -> None:
+        failed = self.reduce(torch.tensor([float(failure is not None)], dtype=torch.float64))
+        if failure is not None:
+            raise failure
+        if float(failed) > 0:
+            raise BadInput("another process stopped on bad input", remedy="its message says what is wrong")
+
     def reduce_products(self, p: Products, names: list[str]) -> Products:
         k = p.dots.shape[0]
         where = {n: i for i, n in enumerate(names)}
@@ -106,6 +131,35 @@ class _Ranges(_Sharded):
     def __init__(self, shards: Mapping[str, tuple[int, int]], group: Any) -> None:
         super().__init__(group)
         self.ranges = dict(shards)
+        self.first: dict[str, bool] = {}
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        import torch.distributed as dist
+
+        everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather_object(everyone, {n: (p.begin, p.end) for n, p in parts.items()}, group=self.group)
+        rank = dist.get_rank(self.group)
+        problems = []
+        for name, part in parts.items():
+            held = [r.get(name, (0, 0)) for r in everyone]
+            at, size = 0, torch.Size(part.shape).numel()
+            for begin, end in sorted({h for h in held if h[0] < h[1]}):
+                if begin != at:
+                    break
+                at = end
+            if at != size:
+                problems.append(
+                    BadInput(
+                        f"the processes' shards of {name!r} are {held}, the flattened tensor has {size} elements",
+                        remedy="give each element to one process, or the same range to several (a replica)",
+                    )
+                )
+            self.first[name] = held.index(held[rank]) == rank
+        if problems:
+            raise BadInput.collect(problems, "shards")
+
+    def counts(self, name: str) -> bool:
+        return self.first[name]
 
     def part(self, name: str, shape: tuple[int, ...]) -> Part:
         size = torch.Size(shape).numel()
@@ -171,8 +225,13 @@ class _DTensors(_Sharded):
         )
         return wrapped
 
-    def unwrap(self, tensor: Any) -> Any:
-        return tensor.to_local() if isinstance(tensor, _dtensor()) else tensor
+    def unwrap(self, name: str, tensor: Any) -> Any:
+        if not isinstance(tensor, _dtensor()):
+            return tensor
+        like = self.like.get(name)
+        if like is not None and (tensor.placements != like.placements or tensor.device_mesh != like.device_mesh):
+            tensor = tensor.redistribute(like.device_mesh, like.placements)  # a sum that is still partial, say
+        return tensor.to_local()
 
     def counts(self, name: str) -> bool:
         if name in self.first:
@@ -180,6 +239,18 @@ class _DTensors(_Sharded):
         import torch.distributed as dist
 
         return dist.get_rank(self.group) == 0
+
+
+def whole(given: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """`given`, which is to hold whole tensors; raises BadInput for a DTensor."""
+    for name, t in given.items():
+        if isinstance(t, _dtensor()):
+            raise BadInput(
+                f"tensor {name!r} is a DTensor",
+                where=what,
+                remedy="only the base may be sharded: give a path, of which each process reads its part",
+            )
+    return given
 
 
 def layout_of(base: Any, shards: Mapping[str, tuple[int, int]] | None, group: Any) -> Layout:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import BadInput
 from ..ops import fw_products, weighted_sum
 from . import presets
-from .coefficients import Objective, minimise
-from .hard import GradientFunction, Norms, Progress, ask, duplicates, measure
-from .oracle import Products, choose
+from .choice import Products, choose
+from .coefficients import Objective, Spectral, minimise
+from .hard import METRICS, GradientFunction, Norms, Progress, ask, duplicates, measure
 from .problem import Problem, State, open_start, opened_problem
 from .result import Coefficients, FrankWolfeResult
 from .trace import Iteration, Trace
@@ -40,8 +40,9 @@ def frank_wolfe_soft(
     per: Literal["layer", "model"] = "layer",
     selection: Literal["score", "tasks"] = "score",
     granularity: Literal["layer", "model"] = "layer",
-    metric: Literal["dot", "cosine"] = "dot",
+    metric: Literal["dot", "cosine", "slope"] = "dot",
     init: Any = "base",
+    scale: float = 0.29,
     preset: str | None = None,
     inner_gradient: GradientFunction | None = None,
     gap_tolerance: float | None = None,
@@ -71,44 +72,58 @@ def frank_wolfe_soft(
             "capped" (w >= 0, Σ w <= 1: what is left stays at θ_t, so the loss can not rise) or "none" (published).
         optimizer: "pgd", projected gradient descent, or "adam" (betas 0.9, 0.999; projected after each step when there
             is a constraint).
-        inner_lr: a fixed learning rate; None (pgd only) backtracks on the loss, which then never rises between steps.
-        inner_steps: gradients per iteration; 0 keeps the starting coefficients.
+        inner_lr: a fixed learning rate; None (pgd only) takes spectral steps scaled by ‖s_j − θ‖², so that vertices
+            near and far share one step size, and backtracks: the loss never rises between steps.
+        inner_steps: evaluations of the coefficients per iteration; 0 keeps the starting coefficients.
         start: coefficients to start from (a pair: in the first iteration, later); default 1/k, or 0 when not "simplex".
         per: one coefficient per tensor and vertex, or per vertex.
         selection: "score", or "tasks": the best vertex for each task's own gradient, none twice (published; the
             gradient then has ``tasks`` and ``task(name)``, as from ``fm.gradient`` with one data set per task).
+        init: "base", "merge" (task arithmetic of all candidates with `scale`), or a checkpoint or state_dict.
         inner_gradient: the objective of the coefficients when it is another one (published: entropy of unlabelled data).
-        preset: "published" = "fusion_bench"; explicit arguments win over it.
+        preset: "robust" (slope, capped, few evaluations: for pools of unknown use), "published" = "fusion_bench";
+            explicit arguments win over it.
 
     Memory: as hard, and the chosen vertices in their own dtypes and one trial point: independent of the number of
         candidates.
-    Cost: per iteration one read of every candidate and 1 + `inner_steps` gradients.
+    Cost: per iteration one read of every candidate and 1 + `inner_steps` gradients; one less where the coefficients
+        start at 0, whose gradient the selection has computed.
     Raises: BadInput, as hard.
     Source: FW-Merging (arXiv:2503.12649), soft variant.
     """
     check(
-        iterations, top_k, constraint, optimizer, inner_steps, inner_lr, per, selection, granularity, metric, gradient
+        iterations,
+        top_k,
+        constraint,
+        optimizer,
+        inner_steps,
+        inner_lr,
+        per,
+        selection,
+        granularity,
+        metric,
+        scale,
+        gradient,
     )
     loss_known = inner_gradient or gradient
     with opened_problem(
         base, candidates, select=select, exclude=exclude, missing=missing, space=space, lora=lora,
         device=device, shards=shards, group=group, allow_pickle=allow_pickle,
     ) as problem:  # fmt: skip
-        if isinstance(init, str) and init == "merge":
-            raise BadInput("soft Frank-Wolfe starts from init='base' or a checkpoint")
-        open_start(problem, init, lambda: None, allow_pickle)
+        open_start(problem, init, lambda: problem.start_from_sum(scale), allow_pickle)
         record = Trace(
             {
                 "method": "frank_wolfe_soft", "preset": preset, "iterations": iterations, "top_k": top_k,
                 "constraint": constraint, "optimizer": optimizer, "inner_steps": inner_steps, "inner_lr": inner_lr,
                 "start": start, "per": per, "selection": selection, "granularity": granularity, "metric": metric,
-                "init": init if isinstance(init, str) else "given", "space": problem.space, "base": problem.base.label,
+                "init": init if isinstance(init, str) else "given", "scale": scale, "space": problem.space, "base": problem.base.label,
             },
             problem.pool.labels,
             problem.names if granularity == "layer" else ["model"],
         )  # fmt: skip
         weights = Coefficients(problem.names, len(problem.pool.candidates), False)
         norms = Norms(problem, norm_cache) if metric == "cosine" else None
+        spectral = Spectral()
         for t in range(iterations):
             clock = time.perf_counter()
             picks, here, products = _select(problem, gradient, norms, selection, granularity, metric, top_k, t)
@@ -125,9 +140,14 @@ def frank_wolfe_soft(
                 columns = len(picks) if per == "layer" else 1
                 w = torch.full((count, columns), first, dtype=torch.float64)
                 objective = _Trial(problem, picks, loss_known, per)
+                known = None
+                if first == 0 and selection == "score" and loss_known is gradient:
+                    known = here.loss, objective.slopes(products)
                 w, here.inner_losses = minimise(
-                    objective, w, steps=inner_steps, optimizer=optimizer, lr=inner_lr, constraint=constraint
-                )
+                    objective, w, steps=inner_steps, optimizer=optimizer, lr=inner_lr, constraint=constraint,
+                    squares=objective.squares() if optimizer == "pgd" and inner_lr is None else torch.ones_like(w),
+                    spectral=spectral, known=known,
+                )  # fmt: skip
                 objective.move(w)
                 full = w.expand(count, len(picks))
                 for i, (name, ks) in enumerate(picks.items()):
@@ -150,7 +170,7 @@ def frank_wolfe_soft(
 
 def check(
     iterations: int, top_k: int, constraint: str, optimizer: str, inner_steps: int, inner_lr: float | None, per: str,
-    selection: str, granularity: str, metric: str, gradient: Any = None,
+    selection: str, granularity: str, metric: str, scale: float, gradient: Any = None,
 ) -> None:  # fmt: skip
     """Raises BadInput for a setting that means nothing; without a gradient what depends on it is not looked at."""
     for what, value, known in (
@@ -159,13 +179,15 @@ def check(
         ("per", per, ("layer", "model")),
         ("selection", selection, ("score", "tasks")),
         ("granularity", granularity, ("layer", "model")),
-        ("metric", metric, ("dot", "cosine")),
+        ("metric", metric, METRICS),
     ):
         if value not in known:
             raise BadInput(f"{what} must be one of {', '.join(known)}, not {value!r}")
     for what, number, least in (("iterations", iterations, 0), ("top_k", top_k, 1), ("inner_steps", inner_steps, 0)):
         if number < least:
             raise BadInput(f"{what} must be at least {least}, not {number}")
+    if not (math.isfinite(scale) and scale >= 0):
+        raise BadInput(f"scale must be a finite number >= 0, not {scale}")
     if inner_lr is not None and not (math.isfinite(inner_lr) and inner_lr > 0):
         raise BadInput(f"inner_lr must be positive, not {inner_lr}")
     if optimizer == "adam" and inner_lr is None:
@@ -201,7 +223,7 @@ def _select(
     gap, margins, products = 0.0, [0.0], None
     for one in [gradient.task(n) for n in gradient.tasks] if selection == "tasks" else [gradient]:  # type: ignore[attr-defined]
         found, value = ask(problem, one)
-        products = measure(problem, found, norms)
+        products = measure(problem, found, norms, relative=metric == "slope")
         del found
         choice = choose(products, metric=metric, granularity=granularity, zero_if_ascent=False)
         table = choice.table
@@ -268,6 +290,25 @@ class _Trial(Objective):
         if self.per == "model":
             gradient = gradient.sum(1, keepdim=True)
         return value, gradient
+
+    def slopes(self, products: Products) -> Tensor:
+        """The gradient in w at w = 0, from the products of the selection."""
+        at = {n: i for i, n in enumerate(products.names)}
+        rows = [[float(products.dots[k, at[n]] - products.point[at[n]]) for k in ks] for n, ks in self.picks.items()]
+        out = torch.tensor(rows, dtype=torch.float64).T
+        return out.sum(1, keepdim=True) if self.per == "model" else out
+
+    def squares(self) -> Tensor:
+        """‖s_j − θ‖², shaped as w."""
+        out = torch.zeros(len(next(iter(self.picks.values()))), len(self.picks), dtype=torch.float64)
+        for i, name in enumerate(self.picks):
+            if self.problem.layout.counts(name):
+                theta = self.problem.theta[name]
+                for j, s in enumerate(self.vertices[name]):
+                    d = s.to(theta) - theta
+                    out[j, i] = inner_products(d, [d])[0]
+        out = self.problem.layout.reduce(out)
+        return out.sum(1, keepdim=True) if self.per == "model" else out
 
     def move(self, w: Tensor) -> None:
         """θ ← θ + Σ w_j (s_j − θ)."""

@@ -6,12 +6,14 @@ the vertex itself, in [0, 1], because they measure what it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import compress
 
 from ..errors import BadInput
 
 RULES = ("harmonic", "constant", "line_search", "short")
 SEARCHING = ("line_search", "short")
+_SHOWS = 1e-7  # a promised decrease below this share of the loss is lost in float32's rounding
 
 
 def decaying(rule: str, t: int, step_size: float) -> float:
@@ -38,10 +40,13 @@ def line_search(loss: Callable[[float], float], start: float, *, evaluations: in
 
 
 class ShortStep:
-    """γ = min(gap / (L·‖s − θ‖²), 1), with a given L or one found by backtracking on the loss.
+    """γ_l = min(gap_l / (L·‖s_l − θ_l‖²), 1) of every block l, with a given L or one found by backtracking on the loss.
 
-    Backtracking (Pedregosa et al. 2020, arXiv:1806.05123): L doubles until
-    loss(γ) <= loss(0) − γ·gap + γ²·L/2·‖s − θ‖², and shrinks by a tenth between iterations.
+    Blocks are the tensors with granularity "layer" (their hulls' product is what is searched), the whole model
+    otherwise; where gap_l <= 0 a block stays. The γ minimise the bound
+    ℓ(θ) − Σ γ_l·gap_l + L/2·Σ γ_l²‖s_l − θ_l‖², which holds for L large enough. Backtracking (Pedregosa et al. 2020,
+    arXiv:1806.05123) doubles L until it does hold, and halves L between iterations. One block whose vertex is of no use
+    does not hold up the others.
     """
 
     def __init__(self, lipschitz: float | None, loss: object) -> None:
@@ -55,20 +60,32 @@ class ShortStep:
         self.fixed, self.estimate = lipschitz, 0.0
 
     def __call__(
-        self, gap: float, square: float, start: float | None, loss: Callable[[float], float]
-    ) -> tuple[float, float | None]:
-        """(γ, loss there if it was evaluated)."""
-        if gap <= 0 or square <= 0:
-            return 0.0, start
+        self,
+        gaps: Sequence[float],
+        squares: Sequence[float],
+        start: float | None,
+        loss: Callable[[list[float]], float],
+    ) -> list[float]:
+        """γ of every block from ⟨g, θ − s⟩ and ‖s − θ‖²; all 0 where no step lowers the loss."""
+        moving = [g > 0 and q > 0 for g, q in zip(gaps, squares, strict=True)]
+
+        def gammas(smooth: float) -> list[float]:
+            found = zip(moving, gaps, squares, strict=True)
+            return [min(g / (smooth * q), 1.0) if m else 0.0 for m, g, q in found]
+
+        if not any(moving):
+            return [0.0] * len(moving)
         if self.fixed is not None:
-            return min(gap / (self.fixed * square), 1.0), None
+            return gammas(self.fixed)
         assert start is not None
-        smooth = 0.9 * self.estimate or gap / square  # at first: a full step is the largest that could be right
-        for _ in range(60):
-            gamma = min(gap / (smooth * square), 1.0)
-            value = loss(gamma)
-            if value <= start - gamma * gap + gamma * gamma * smooth * square / 2:
+        # At first: one full step for all blocks is the largest that could be right.
+        smooth = self.estimate / 2 or sum(compress(gaps, moving)) / sum(compress(squares, moving))
+        while True:
+            tried = gammas(smooth)
+            decrease = sum(y * g - y * y * smooth * q / 2 for y, g, q in zip(tried, gaps, squares, strict=True))
+            if loss(tried) <= start - decrease:
                 self.estimate = smooth
-                return gamma, value
+                return tried
+            if decrease <= _SHOWS * abs(start):  # the gradient does not describe the loss at any scale: stay
+                return [0.0] * len(moving)
             smooth *= 2
-        return 0.0, start  # the gradient does not describe the loss at any scale: stay

@@ -21,12 +21,12 @@ class Iteration:
     iteration: int
     loss: float | None  # of the calibration data before the step, when known
     gap: float  # Frank-Wolfe duality gap before the step
-    gamma: float  # the step rule's γ
+    gamma: float  # the step rule's γ; short steps of layers, and soft: the mean over layers
     coefficient: float  # what the vertex is weighted with: scale·γ for the decaying rules, γ for the searching ones
     choices: list[Any]  # hard: a candidate's index, -1 the zero vertex; soft: a list of them
     scores: list[Any]  # of the choices
     margins: list[float | None]  # by how much the runner-up is worse (None: there is none)
-    coefficients: list[Any] | None = None  # soft: one list per layer, as `choices`
+    coefficients: list[Any] | None = None  # soft: one list per layer, as `choices`; short steps: γ of each layer
     inner_losses: list[float] | None = None  # soft: calibration loss along the search for the coefficients
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -10,6 +10,8 @@ Passes, each optional::
     @ties.fit      # once per job: sees every tensor; result is context.plan
     @ties.scan     # once per tensor, before it is applied; result is context.state
 
+    @frank_wolfe.run_job  # instead of all others: a whole recipe, for methods that do not go tensor by tensor
+
     @free.plan_files   # from headers: the files the method writes beside the merged weights, with their sizes
     @free.write_files  # once per job, after every tensor is merged: sees every tensor again and writes them
 
@@ -262,6 +264,7 @@ class Method:
     scan_pass: Callable[..., Any] | None = None
     plan_pass: Callable[[Sequence[Header], Sequence[str]], dict[str, int]] | None = None
     files_pass: Callable[..., dict[str, int]] | None = None
+    job_pass: Callable[..., Any] | None = None
     one_call: bool = False
     needs_data: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
@@ -307,6 +310,14 @@ class Method:
     def write_files(self, function: Callable[..., dict[str, int]]) -> Callable[..., Any]:
         """Register ``write_files(tensors: Iterable[TensorStream], models, folder: Path) -> {relative path: bytes}``."""
         self.files_pass = function
+        return function
+
+    def run_job(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register ``run_job(recipe, out, **options) -> Report``: the method runs whole jobs itself.
+
+        Options are those of ``engine.run``, `dry_run` included; it raises BadInput for those that it can not keep.
+        """
+        self.job_pass = function
         return function
 
     def arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,7 +420,8 @@ def method(
         grain: see the module docstring.
         one_call: a chunk's result is that of one operator call with ``out=``, untouched, or an input: the calls of many
             small tensors may then go in one launch (``_dispatch.batched``).
-        needs_data: the method can not run from weights alone; the engine refuses it with a hint.
+        needs_data: the method can not run from weights alone; the engine refuses it with a hint, unless it runs its
+            jobs itself (:meth:`Method.run_job`) with data that its parameters name.
 
     Raises: TypeError for annotations that are not a configuration schema; ValueError for a name registered twice.
     """

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..errors import BadInput
 from ._method import Help, Models, Range, Weight, method
@@ -8,7 +8,7 @@ from ._method import Help, Models, Range, Weight, method
 Data = Annotated[str, Help("Calibration records, .jsonl or .parquet; a relative path starts from the current folder.")]
 Kind = Annotated[Literal["text", "lm", "image"], Help("What a record is (docs/frank-wolfe.md).")]
 Loss = Annotated[str | None, Help("cross_entropy, causal_lm, mse or entropy; by kind when left out.")]
-Preset = Annotated[str | None, Help("published or fusion_bench: what other keys default to.")]
+Preset = Annotated[str | None, Help("robust, published or fusion_bench: what other keys default to.")]
 Names = Annotated[list[str] | None, Help("Regular expressions of tensor names.")]
 Heads = Annotated[list[str] | None, Help("TASK=FOLDER: the model whose head judges a task's records.")]
 Count = Annotated[int, Range(0)]
@@ -36,7 +36,7 @@ def frank_wolfe(
     scale: Annotated[float, Range(0.0)] = 0.29,
     inner: str = "task_arithmetic",
     granularity: Literal["layer", "model"] = "layer",
-    metric: Literal["dot", "cosine"] = "dot",
+    metric: Literal["dot", "cosine", "slope"] = "dot",
     zero_if_ascent: bool = False,
     pool_init: bool = False,
     init: str = "merge",
@@ -73,8 +73,9 @@ def frank_wolfe_soft(
     per: Literal["layer", "model"] = "layer",
     selection: Literal["score", "tasks"] = "score",
     granularity: Literal["layer", "model"] = "layer",
-    metric: Literal["dot", "cosine"] = "dot",
+    metric: Literal["dot", "cosine", "slope"] = "dot",
     init: str = "base",
+    scale: Annotated[float, Range(0.0)] = 0.29,
     gap_tolerance: float | None = None,
     select: Names = None,
     exclude: Names = None,
@@ -88,3 +89,11 @@ def frank_wolfe_soft(
 ) -> Weight:
     """Several vertices per step, their coefficients optimised on calibration data; see ``fm.frank_wolfe_soft``."""
     raise _whole("frank_wolfe_soft")
+
+
+@frank_wolfe.run_job
+@frank_wolfe_soft.run_job
+def _run(recipe: Any, out: Any, **options: Any) -> Any:
+    from ..fw.recipes import run_recipe
+
+    return run_recipe(recipe, out, **options)

@@ -75,14 +75,18 @@ def choose(
         for layer in range(score.shape[1]):  # in index order: the same bits whatever the library's reduction does
             model = model + score[:, layer : layer + 1]
         score = model
+    return FwChoice(lowest(score, zero_if_ascent=zero_if_ascent), score, sqnorms)
+
+
+def lowest(score: Tensor, *, zero_if_ascent: bool = False) -> Tensor:
+    """[L] the first candidate with the lowest of [K, L] scores, -1 and -2 as :func:`fw_lmo` says."""
     ranked = torch.where(score.isnan(), float("inf"), score)
     best = ranked.min(dim=0).values
     # The first of equal scores: argmin does not promise which.
     choice = (ranked == best).int().argmax(dim=0)
     if zero_if_ascent:
         choice = torch.where(best >= 0, -1, choice)
-    choice = torch.where(score.isnan().all(dim=0), -2, choice)
-    return FwChoice(choice, score, sqnorms)
+    return torch.where(score.isnan().all(dim=0), -2, choice)
 
 
 @op(numerics="B", kind="reduction32")

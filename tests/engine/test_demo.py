@@ -194,8 +194,8 @@ def test_main_merges_by_the_engine_and_reports(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train, "QUICK", TINY)
-    monkeypatch.setattr(rows, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
-    monkeypatch.setattr(command, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, soft=(1, 1)))
+    monkeypatch.setattr(rows, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, hard=1, soft=2))
+    monkeypatch.setattr(command, "QUICK", rows.Budget(calibration=20, test=50, gradient=10, hard=1, soft=2))
     names = ["linear", "slerp", "task_arithmetic", "frank_wolfe", "free", "passthrough"]
     result = demo.main(quick=True, out=tmp_path / "out", cache=cache, json=True, methods=names)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "demo.json").read_text())

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fastmerge import fw
 from fastmerge.errors import BadInput
 from fastmerge.fw import hard
-from fastmerge.fw.oracle import PIECE, choose
+from fastmerge.fw.choice import choose
+from fastmerge.fw.oracle import PIECE
 from fastmerge.fw.problem import opened_problem
 from fastmerge.ops import fw_lmo
 
@@ -185,6 +186,103 @@ def test_short_step_with_a_known_constant():
     got = fw.frank_wolfe({"w": torch.zeros(2)}, pool, gradient, init="base", step="short", lipschitz=2.0, iterations=1)
     assert got.trace.iterations[0].gamma == 0.375
     assert got.state_dict["w"].tolist() == [1.5, 0.0]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "model"])
+@pytest.mark.parametrize("metric", ["slope", "dot"])
+def test_short_steps_match_the_formulas(metric, granularity):
+    base, candidates, target, curvature = toy(seed=5)
+    names, smooth = list(base), 30.0
+    got = fw.frank_wolfe(
+        torched(base), [torched(c) for c in candidates], Quadratic(target, curvature), init="base", iterations=4,
+        metric=metric, granularity=granularity, step="short", lipschitz=smooth,
+    )  # fmt: skip
+    theta = {n: base[n].copy() for n in names}
+    for here in got.trace.iterations:
+        g = {n: curvature[n] * (theta[n] - target[n]) for n in names}
+        dots = np.array([[np.sum(g[n] * (c[n] - theta[n])) for n in names] for c in candidates])
+        squares = np.array([[np.sum((c[n] - theta[n]) ** 2) for n in names] for c in candidates])
+        raw = np.array([[np.sum(g[n] * c[n]) for n in names] for c in candidates])
+        if granularity == "model":
+            dots, squares, raw = (x.sum(1, keepdims=True) for x in (dots, squares, raw))
+        scores = dots / np.sqrt(squares) if metric == "slope" else raw
+        picks = scores.argmin(0)
+        assert here.choices == picks.tolist()
+        np.testing.assert_allclose(here.scores, scores.min(0), rtol=1e-5, atol=1e-5)
+        assert here.gap == pytest.approx(-dots.min(0).sum(), rel=1e-4)
+        columns = np.arange(len(picks))
+        gammas = np.clip(-dots[picks, columns] / (smooth * squares[picks, columns]), 0, 1)
+        assert here.gamma == pytest.approx(gammas.mean(), rel=1e-5)
+        if granularity == "layer":
+            np.testing.assert_allclose(here.coefficients, gammas, rtol=1e-5)
+        for i, n in enumerate(names):
+            i = i if granularity == "layer" else 0
+            theta[n] += gammas[i] * (candidates[picks[i]][n] - theta[n])
+    for n in names:
+        np.testing.assert_allclose(got.state_dict[n].numpy(), theta[n], rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_takes_its_own_short_step():
+    # ℓ = ½|a − 1|² + ½|b − 3|² from 0, L = 1: slope of a towards 4 is −1·4/4 = −1, towards −1 it is 1; γ_a = 4/16.
+    # b towards −2 or −5 only: both ascend, b stays. gap = 4 + (−6), which does not hold up a.
+    gradient = Quadratic({"a": [1.0], "b": [3.0]}, {"a": [1.0], "b": [1.0]})
+    pool = [
+        {"a": torch.tensor([4.0]), "b": torch.tensor([-2.0])},
+        {"a": torch.tensor([-1.0]), "b": torch.tensor([-5.0])},
+    ]
+    base = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    got = fw.frank_wolfe(base, pool, gradient, preset="robust", lipschitz=1.0, iterations=1)
+    only = got.trace.iterations[0]
+    assert only.choices == [0, 0]
+    assert only.scores == [-1.0, 3.0]
+    assert only.coefficients == [0.25, 0.0]
+    assert only.gap == -2.0
+    assert got.state_dict == {"a": torch.tensor([1.0]), "b": torch.zeros(1)}
+    assert got.coefficients == {"a": [0.75, 0.25, 0.0, 0.0], "b": [1.0, 0.0, 0.0, 0.0]}
+
+
+def with_far_networks(seed=11, count=4):
+    """A problem whose candidates are of use, and as many networks far away that are not."""
+    base, candidates, _, curvature = toy(seed, count=count)
+    target = {n: sum(c[n] for c in candidates) / count for n in base}
+    rng = np.random.default_rng(seed)
+    far = [{n: 40 * rng.normal(size=s) for n, s in SHAPES.items()} for _ in range(count)]
+    return base, candidates, far, Quadratic(target, curvature)
+
+
+def test_far_useless_candidates_do_not_disturb_the_robust_preset():
+    base, near, far, gradient = with_far_networks()
+    start = gradient.loss(torched(base))
+
+    def left(pool, **options):
+        got = fw.frank_wolfe(torched(base), [torched(c) for c in pool], gradient, iterations=12, **options)
+        losses = [i.loss for i in got.trace.iterations] + [gradient.loss(got.state_dict)]
+        return losses[-1] / start, losses, got
+
+    alone, _, _ = left(near, preset="robust")
+    beside, losses, got = left([*near, *far], preset="robust")
+    assert alone < 0.15
+    assert beside < alone + 0.02
+    assert all(b <= a for a, b in itertools.pairwise(losses))
+    assert got.coefficients.keys() == SHAPES.keys()
+    # ⟨g, s⟩ prefers what is far away, and one step for all layers is then as short as the worst needs.
+    assert left([*near, *far], init="base", step="line_search")[0] > 2 * beside
+
+
+def test_robust_preset_and_its_limits():
+    base, candidates, target, curvature = toy()
+    gradient = Quadratic(target, curvature)
+    got = fw.frank_wolfe(torched(base), [torched(c) for c in candidates], gradient, preset="robust", iterations=0)
+    assert got.trace.settings["metric"] == "slope"
+    assert (got.trace.settings["step"], got.trace.settings["init"]) == ("short", "base")
+    with pytest.raises(BadInput, match="rule for scores of raw"):
+        fw.frank_wolfe(torched(base), [torched(base)], gradient, metric="slope", zero_if_ascent=True)
+    # A candidate that equals θ has no direction: slope 0, no NaN, and nothing moves.
+    same = fw.frank_wolfe(torched(base), [torched(base)], gradient, preset="robust", iterations=2)
+    assert same.trace.iterations[0].scores == [0.0, 0.0, 0.0]
+    assert same.trace.stopped == "no step lowers the loss"
+    for n, t in torched(base).items():
+        assert torch.equal(same.state_dict[n], t)
 
 
 def test_gap_stops_the_run():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.fw_two_processes import HARD, SHAPES, net_problem, problem
+from methods.fw_two_processes import FSDP, HARD, SHAPES, SOFT, Quadratic, net_problem, problem
 
 from fastmerge import fw
 from fastmerge.errors import BadInput
@@ -33,43 +33,53 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"found{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*HARD, "soft"])
+def alone(name):
+    """The run of one process."""
+    base, many, target = problem()
+    if name in SOFT:
+        return fw.frank_wolfe_soft(base, many, Quadratic(target), iterations=2, **SOFT[name])
+    return fw.frank_wolfe(base, many, Quadratic(target), iterations=4, **HARD.get(name, {}))
+
+
+def same(want, found, tolerance=1e-6):
+    choices, state, gaps = found
+    assert choices == want.choices
+    assert gaps == pytest.approx([i.gap for i in want.trace.iterations], rel=100 * tolerance, abs=1e-5 * abs(gaps[0]))
+    for n, t in want.state_dict.items():
+        torch.testing.assert_close(state[n], t.reshape(-1), rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [*HARD, *SOFT])
 def test_ranges(found, name):
-    base, many, target = problem()
-
-    def ask(state):
-        return {n: state[n] - target[n] for n in SHAPES}
-
-    if name == "soft":
-        want = fw.frank_wolfe_soft(base, many, ask, iterations=2, top_k=3, inner_steps=3, inner_lr=0.02)
-    else:
-        want = fw.frank_wolfe(base, many, ask, iterations=4, **HARD[name])
-    (one, first), (two, second) = found[0][f"ranges/{name}"], found[1][f"ranges/{name}"]
-    assert one == two == want.choices
-    for n in SHAPES:
-        got = torch.cat([first[n], second[n]])
-        torch.testing.assert_close(got, want.state_dict[n].reshape(-1), rtol=1e-6, atol=1e-6)
+    (choices, first, gaps), (two, second, others) = (f[f"ranges/{name}"] for f in found)
+    assert (choices, gaps) == (two, others)
+    joined = {n: first[n] if n == "norm.weight" else torch.cat([first[n], second[n]]) for n in SHAPES}
+    assert torch.equal(first["norm.weight"], second["norm.weight"])
+    same(alone(name), (choices, joined, gaps))
 
 
-@pytest.mark.parametrize("name", list(HARD))
+@pytest.mark.parametrize("name", [*HARD, *SOFT, "partial"])
 def test_dtensors(found, name):
-    base, many, target = problem()
-    want = fw.frank_wolfe(base, many, lambda s: {n: s[n] - target[n] for n in SHAPES}, iterations=4, **HARD[name])
+    want = alone(name)
     for rank in range(2):
-        choices, state = found[rank][f"dtensor/{name}"]
-        assert choices == want.choices
-        for n in SHAPES:
-            torch.testing.assert_close(state[n], want.state_dict[n].reshape(-1), rtol=1e-6, atol=1e-6)
+        same(want, found[rank][f"dtensor/{name}"])
 
 
-def test_fsdp_modules(found):
+@pytest.mark.parametrize("name", list(FSDP))
+def test_fsdp_modules(found, name):
     net, base, many, batches = net_problem()
-    want = fw.frank_wolfe(base, many, gradient(net, "mse", batches), iterations=4, metric="cosine", step_size=1.0)
+    want = fw.frank_wolfe(base, many, gradient(net, "mse", batches), iterations=4, **FSDP[name])
     for rank in range(2):
-        choices, state = found[rank]["fsdp"]
-        assert choices == want.choices
-        for n, t in want.state_dict.items():
-            torch.testing.assert_close(state[n], t.reshape(-1), rtol=1e-5, atol=1e-6)
+        # A search on a loss in float32 finds its step to three digits.
+        same(want, found[rank][name], 2e-4 if "search" in name else 1e-5)
+
+
+def test_bad_input_stops_every_process(found):
+    for refused in found:
+        assert "shards of 'odd.weight' are [(0, 20), (21, 42)]" in refused["gap in the shards"]
+        assert "is a DTensor" in refused["sharded candidate"]
+    assert "another process stopped" in found[0]["one process fails"]
+    assert "is not finite" in found[1]["one process fails"]
 
 
 def test_shards_need_a_process_group():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods.test_frank_wolfe import SHAPES, Quadratic, torched, toy
+from methods.test_frank_wolfe import SHAPES, Quadratic, torched, toy, with_far_networks
 from scipy.optimize import minimize
 
 from fastmerge import fw
@@ -50,6 +50,21 @@ def test_simplex_projection_is_the_nearest_point(values):
     tau = rest[got > 0].mean()
     np.testing.assert_allclose(rest[got > 0], tau, atol=1e-9)
     assert (rest <= tau + 1e-9).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(1e-3, 1e3)), min_size=1, max_size=7))
+def test_scaled_projection_is_the_nearest_point(pairs):
+    v, d = (torch.tensor(x, dtype=torch.float64) for x in zip(*pairs, strict=True))
+    got = project_simplex(v, metric=d)
+    assert got.min() >= 0
+    assert float(got.sum()) == pytest.approx(1)
+    rest = d * (v - got)  # one constant where w > 0, at most that elsewhere
+    tau = float(rest[got > 0].mean())
+    np.testing.assert_allclose(rest[got > 0], tau, rtol=1e-8, atol=1e-8 * float(d.max()))
+    assert (rest <= tau + 1e-8 * float(d.max())).all()
+    capped = project_capped(v, metric=d)
+    assert torch.equal(capped, v.clamp(min=0) if v.clamp(min=0).sum() <= 1 else got)
 
 
 @pytest.mark.parametrize("per", ["layer", "model"])
@@ -152,6 +167,66 @@ def test_all_vertices_on_the_simplex_reach_the_optimum_of_the_hull():
         assert loss(found) <= best.fun * (1 + 1e-3) + 1e-4
 
 
+def test_far_useless_candidates_do_not_hold_up_the_coefficients():
+    base, near, far, gradient = with_far_networks()
+    start = gradient.loss(torched(base))
+    left = {}
+    for name, pool in {"alone": near, "beside": [*near, *far]}.items():
+        got = fw.frank_wolfe_soft(
+            torched(base), [torched(c) for c in pool], gradient, preset="robust", top_k=len(pool), inner_steps=12
+        )
+        losses = [i.loss for i in got.trace.iterations] + [gradient.loss(got.state_dict)]
+        assert all(b <= a for a, b in itertools.pairwise(losses))
+        left[name] = losses[-1] / start
+    assert left["alone"] < 0.02
+    assert left["beside"] < left["alone"] + 0.02
+
+
+def test_soft_starts_from_the_merge_of_all():
+    base, candidates, target, curvature = toy(3)
+    got = fw.frank_wolfe_soft(
+        torched(base),
+        [torched(c) for c in candidates],
+        Quadratic(target, curvature),
+        init="merge",
+        scale=0.4,
+        iterations=0,
+    )
+    for n in base:
+        want = base[n] + 0.4 * sum(c[n] - base[n] for c in candidates)
+        np.testing.assert_allclose(got.state_dict[n].numpy(), want, rtol=2e-6, atol=2e-6)
+
+
+def test_first_slopes_come_from_the_selection():
+    base, candidates, target, curvature = toy(2)
+    for metric in ("dot", "slope"):
+        gradient = Quadratic(target, curvature)
+        calls = []
+        counted = Counted(gradient, calls)
+        got = fw.frank_wolfe_soft(
+            torched(base), [torched(c) for c in candidates], counted, iterations=1, top_k=3, constraint="capped",
+            metric=metric, inner_steps=3,
+        )  # fmt: skip
+        assert len(calls) == 3  # one for the selection and the coefficients at 0, two more
+        again = fw.frank_wolfe_soft(
+            torched(base), [torched(c) for c in candidates], counted, iterations=1, top_k=3, constraint="capped",
+            metric=metric, inner_steps=3, inner_gradient=gradient,
+        )  # fmt: skip
+        for n in base:
+            torch.testing.assert_close(got.state_dict[n], again.state_dict[n], rtol=1e-4, atol=1e-4)
+
+
+class Counted:
+    def __init__(self, gradient, calls):
+        self.gradient, self.calls, self.value = gradient, calls, None
+
+    def __call__(self, state):
+        self.calls.append(1)
+        found = self.gradient(state)
+        self.value = self.gradient.value
+        return found
+
+
 def test_capped_never_raises_the_loss():
     base, candidates, _, curvature = toy(7)
     gradient = Quadratic({n: sum(c[n] for c in candidates) / 4 for n in base}, curvature)
@@ -209,7 +284,8 @@ def test_published_soft_picks_one_vertex_per_task_and_none_twice():
         ({"optimizer": "adam"}, "needs inner_lr"),
         ({"selection": "tasks"}, "one gradient per task"),
         ({"inner_lr": -1.0}, "inner_lr must be positive"),
-        ({"init": "merge"}, "starts from init='base'"),
+        ({"scale": -0.1}, "scale must be a finite"),
+        ({"metric": "l2"}, "metric must be one of"),
         ({"preset": "publish"}, "did you mean 'published'"),
     ],
 )
