@@ -25,6 +25,7 @@ BENCH = Bench(
     (
         Variant("8 x fp32 2048x1024", _case(torch.float32), bytes=12 * N, flops=3 * N),
         Variant("8 x fp32 2048x1024, bf16 vertices", _case(torch.bfloat16), bytes=10 * N, flops=3 * N),
+        Variant("8 x fp32 2048x1024, fp16 vertices", _case(torch.float16), bytes=10 * N, flops=3 * N, quick=False),
     ),
     {"torch": axpy},
 )
