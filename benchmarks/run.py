@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import pkgutil
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +32,7 @@ from .schema import Row, append
 from .timing import Times, ceilings, environment, side_by_side
 
 COLUMNS = ("cpu", "triton", "cuda", "cupy")  # a backend that an operator lacks is reported as such
+COMPILE_LIMIT = 90.0  # seconds that torch.compile may take for one size
 
 
 def names() -> list[str]:
@@ -154,19 +158,41 @@ def _not_asked() -> Callable[..., Any]:
 
 
 def _compiled(op: Op[..., Any], args: Any, kwargs: Any, bench: Bench) -> Callable[..., Any]:
-    """The reference under torch.compile, if it compiles and still agrees; raises Unable."""
+    """The reference under torch.compile, if it compiles within COMPILE_LIMIT and still agrees; raises Unable."""
+    torch._dynamo.reset()  # else what other operators left behind counts towards dynamo's limit of recompilations
     run: Callable[..., Any] = torch.compile(op.reference, dynamic=False)
     again, more = _clone(args), _clone(kwargs)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _deadline(COMPILE_LIMIT):
             warnings.simplefilter("ignore")
             got = run(*again, **more)
+    except TimeoutError:
+        raise Unable(f"torch.compile took more than {COMPILE_LIMIT:.0f} s") from None
     except Exception as error:  # the compiler's own, a missing C++ compiler's, ...
         said = [line for line in str(error).splitlines() if line.strip()]
         raise Unable(f"torch.compile fails: {type(error).__name__}: {said[0][:120] if said else ''}") from error
     if not _agree(got, op.reference(*_clone(args), **_clone(kwargs)), "C"):
         raise Unable("what torch.compile makes of the reference differs from it")
     return run
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """TimeoutError in the block after so many seconds; without a limit where no signal can be had."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _with_cupy(rival: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
