@@ -7,6 +7,7 @@
 // looked at again. And a sample can mislead: then two (float64: four) histogram passes over 16-bit digits find the key
 // exactly. Pieces may come in any order and of any size; the answer depends on the data alone.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -31,6 +32,7 @@ class SelectorBase {
   virtual ~SelectorBase() = default;
   virtual void sample(const Deltas& d, std::int64_t n) = 0;
   virtual void feed(const Deltas& d, std::int64_t offset, std::int64_t n, int threads) = 0;
+  virtual void feed_lane(const Deltas& d, std::int64_t offset, std::int64_t n, std::size_t lane) = 0;
   virtual std::vector<Span> advance(int threads) = 0;
   virtual std::vector<Rule> results() const = 0;
 };
@@ -48,7 +50,8 @@ class Selector final : public SelectorBase {
   struct Segment {  // collected entries from `first` on have positions relative to `offset`
     std::int64_t first, offset;
   };
-  struct Run {  // what one thread's part of the feeds found for one target
+  // What one thread's part of the feeds found for one target; no two in a cache line, since each thread writes its own.
+  struct alignas(128) Run {
     Counts counts;
     Buffer<K> key;
     Buffer<std::uint32_t> where;
@@ -81,12 +84,14 @@ class Selector final : public SelectorBase {
   };
 
  public:
-  Selector(std::int64_t n, const std::vector<std::pair<std::size_t, std::int64_t>>& targets) : n_(n) {
+  Selector(std::int64_t n, const std::vector<std::pair<std::size_t, std::int64_t>>& targets, std::size_t lanes = 1)
+      : n_(n) {
     for (const auto& [model, k] : targets) {
       if (k < 1 || k > n) throw std::invalid_argument("selector: k " + std::to_string(k) + " of " + std::to_string(n));
       Target t;
       t.model = model;
       t.k = k;
+      t.runs.resize(lanes);
       models_ = std::max(models_, model + 1);
       targets_.push_back(std::move(t));
     }
@@ -138,10 +143,22 @@ class Selector final : public SelectorBase {
     });
   }
 
+  // The same on the calling thread alone, while other threads feed other lanes.
+  void feed_lane(const Deltas& d, std::int64_t offset, std::int64_t n, std::size_t lane) override {
+    check(d);
+    if (offset < 0 || n < 0 || offset + n > n_)
+      throw std::invalid_argument("selector: a piece lies outside the tensor");
+    for (const auto& t : targets_)
+      if (lane >= t.runs.size()) throw std::invalid_argument("selector: there is no lane " + std::to_string(lane));
+    fed_ += n;
+    for (std::int64_t at = 0; at < n; at += std::int64_t{1} << 31)
+      feed_run(d, offset, at, std::min(n, at + (std::int64_t{1} << 31)), lane);
+  }
+
   // What has to be fed before the next call; nothing when all thresholds are known.
   std::vector<Span> advance(int threads) override {
     if (fed_ != expected_)
-      throw std::invalid_argument("selector: " + std::to_string(fed_) + " elements were fed, " +
+      throw std::invalid_argument("selector: " + std::to_string(fed_.load()) + " elements were fed, " +
                                   std::to_string(expected_) + " were asked for");
     parallel_blocks(static_cast<std::int64_t>(targets_.size()), threads, [&](std::int64_t t) { step(targets_[t]); });
     for (auto& t : targets_) {
@@ -184,7 +201,8 @@ class Selector final : public SelectorBase {
     if (d.models.size() < models_) throw std::invalid_argument("selector: fewer models than at the start");
   }
   std::vector<Span> expect(std::vector<Span> spans) {
-    fed_ = expected_ = 0;
+    fed_ = 0;
+    expected_ = 0;
     for (const auto& s : spans) expected_ += s.stop - s.start;
     return spans;
   }
@@ -516,7 +534,8 @@ class Selector final : public SelectorBase {
     if (t.digit == 0) set_bracket(t, t.prefix, t.prefix, true);
   }
 
-  std::int64_t n_, fed_ = 0, expected_ = 0;
+  std::int64_t n_, expected_ = 0;
+  std::atomic<std::int64_t> fed_{0};
   std::size_t models_ = 0;
   std::vector<std::vector<K>> samples_;
   std::vector<std::int64_t> spans_;

@@ -10,9 +10,9 @@ namespace {
 using Targets = std::vector<std::pair<std::size_t, std::int64_t>>;
 using Rules = std::vector<std::pair<std::uint64_t, std::int64_t>>;
 
-std::unique_ptr<SelectorBase> make_selector(std::int64_t n, const Targets& targets, bool f64) {
-  if (f64) return std::make_unique<Selector<double>>(n, targets);
-  return std::make_unique<Selector<float>>(n, targets);
+std::unique_ptr<SelectorBase> make_selector(std::int64_t n, const Targets& targets, bool f64, std::size_t lanes) {
+  if (f64) return std::make_unique<Selector<double>>(n, targets, lanes);
+  return std::make_unique<Selector<float>>(n, targets, lanes);
 }
 
 Rules pairs(const std::vector<Rule>& rules) {
@@ -23,7 +23,8 @@ Rules pairs(const std::vector<Rule>& rules) {
 
 class ThresholdSelector {
  public:
-  ThresholdSelector(std::int64_t n, const Targets& targets, bool f64) : selector_(make_selector(n, targets, f64)) {}
+  ThresholdSelector(std::int64_t n, const Targets& targets, bool f64, std::size_t lanes)
+      : selector_(make_selector(n, targets, f64, lanes)) {}
   void sample(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
               const std::vector<int>& types, std::int64_t n) {
     selector_->sample(make_deltas(base, base_type, models, types), n);
@@ -31,6 +32,10 @@ class ThresholdSelector {
   void feed(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
             const std::vector<int>& types, std::int64_t offset, std::int64_t n, int threads) {
     selector_->feed(make_deltas(base, base_type, models, types), offset, n, threads);
+  }
+  void feed_lane(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
+                 const std::vector<int>& types, std::int64_t offset, std::int64_t n, std::size_t lane) {
+    selector_->feed_lane(make_deltas(base, base_type, models, types), offset, n, lane);
   }
   std::vector<std::pair<std::int64_t, std::int64_t>> advance(int threads) {
     std::vector<std::pair<std::int64_t, std::int64_t>> out;
@@ -54,9 +59,10 @@ Rules topk_thresholds(std::uintptr_t base, int base_type, const std::vector<std:
 FASTMERGE_EXPORT(m) {
   m.def("topk_thresholds", &topk_thresholds, NoGil());
   py::class_<ThresholdSelector>(m, "ThresholdSelector")
-      .def(py::init<std::int64_t, const Targets&, bool>())
+      .def(py::init<std::int64_t, const Targets&, bool, std::size_t>())
       .def("sample", &ThresholdSelector::sample, NoGil())
       .def("feed", &ThresholdSelector::feed, NoGil())
+      .def("feed_lane", &ThresholdSelector::feed_lane, NoGil())
       .def("advance", &ThresholdSelector::advance, NoGil())
       .def("results", &ThresholdSelector::results);
 }

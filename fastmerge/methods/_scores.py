@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from .. import _native
 from ..ops.threshold import Rule, Threshold, topk_thresholds
 from ..ops.threshold_stream import ThresholdStream
 from ._method import TensorStream
-from ._thresholds import WHOLE
+from ._thresholds import WHOLE, Lanes
 
 Score = Callable[[int, Tensor | None, list[Tensor]], Tensor]  # (offset, base, models) -> flat scores >= 0
 
@@ -30,16 +29,16 @@ def largest(tensor: TensorStream, score: Score, counts: Sequence[int]) -> list[R
     if tensor.resident or n <= WHOLE:
         scores = score(0, *tensor.read(0, n)).reshape(-1)
         return topk_thresholds(None, [scores] * len(counts), density)
-    selection = ThresholdStream(n, density, models=len(counts), compute=tensor.compute)
+    lanes = Lanes()
+    selection = ThresholdStream(n, density, models=len(counts), compute=tensor.compute, lanes=lanes.count)
     with _native.limit_threads(1):
         for begin, end in selection.sample_spans():
             selection.add_sample(None, [score(begin, *tensor.read(begin, end))] * len(counts))
-    lock = threading.Lock()
 
     def feed(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         values = [score(offset, base, models)] * len(counts)
-        with lock:
-            selection.feed(None, values, offset)
+        with lanes.mine() as lane:
+            selection.feed(None, values, offset, lane=lane)
 
     while spans := selection.advance():
         for begin, end in spans:

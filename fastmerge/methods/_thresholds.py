@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,26 @@ def found_by_kernels(tensor: TensorStream, **options: Any) -> bool:
     base, models = tensor.read(0, tensor.numel)
     told = ops.consensus_merge.explain(base, models, 1.0, **options)
     return told.chosen == "triton" and dict(told.reasons)["triton"] is None
+
+
+class Lanes:
+    """A lane of a ThresholdStream for each thread that feeds it; threads beyond their number take turns."""
+
+    count = 16
+
+    def __init__(self) -> None:
+        self._locks = [threading.Lock() for _ in range(self.count)]
+        self._next = itertools.count()
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def mine(self) -> Iterator[int]:
+        """The calling thread's lane, nobody else's meanwhile."""
+        if not hasattr(self._local, "lane"):
+            self._local.lane = next(self._next) % self.count
+        lane: int = self._local.lane
+        with self._locks[lane]:
+            yield lane
 
 
 def tensor_thresholds(
@@ -72,7 +94,8 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
     starts = [t.start if len(tensors) > 1 else 0 for t in tensors]
     n = starts[-1] + tensors[-1].numel
     wide = torch.float64 if any(t.compute == torch.float64 for t in tensors) else torch.float32
-    selection = ThresholdStream(n, list(density), models=tensors[0].count, gamma=gamma, compute=wide)
+    lanes = Lanes()
+    selection = ThresholdStream(n, list(density), models=tensors[0].count, gamma=gamma, compute=wide, lanes=lanes.count)
 
     def parts(begin: int, end: int) -> Iterable[tuple[TensorStream, int, int, int]]:
         """(tensor, its place in the concatenation, local begin, local end) of the tensors that [begin, end) touches."""
@@ -89,7 +112,6 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
         for begin, end in selection.sample_spans():
             for t, _, low, high in parts(begin, end):
                 selection.add_sample(*t.read(low, high))
-    lock = threading.Lock()
 
     def advance() -> list[tuple[int, int]]:
         with _native.limit_threads(1):
@@ -101,8 +123,8 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
                 if high - low == t.numel:
 
                     def visit(offset: int, base: Tensor | None, models: list[Tensor], start: int = start) -> None:
-                        with lock:
-                            selection.feed(base, models, start + offset)
+                        with lanes.mine() as lane:
+                            selection.feed(base, models, start + offset, lane=lane)
 
                     t.for_each(visit)
                 else:
@@ -119,6 +141,7 @@ def l1_factors(tensor: TensorStream, **trim: Any) -> list[float]:
 
 
 __all__ = [
+    "Lanes",
     "Threshold",
     "Window",
     "check_scope",

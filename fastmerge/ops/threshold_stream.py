@@ -20,22 +20,25 @@ Spans = list[tuple[int, int]]
 
 class _Selector(Protocol):
     def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None: ...
-    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int) -> None: ...
+    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None: ...
     def advance(self) -> Spans: ...
     def results(self) -> list[tuple[int, int]]: ...
 
 
 class _NativeSelector:
-    def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype) -> None:
-        self._selector = _native.lib().ThresholdSelector(n, targets, compute == torch.float64)
+    def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype, lanes: int) -> None:
+        self._selector = _native.lib().ThresholdSelector(n, targets, compute == torch.float64, lanes)
 
     def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
         arrays = native_arrays(base, models)
         self._selector.sample(*arrays.arguments, arrays.n)
 
-    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int) -> None:
+    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None:
         arrays = native_arrays(base, models)
-        self._selector.feed(*arrays.arguments, offset, arrays.n, _native.threads())
+        if lane is None:
+            self._selector.feed(*arrays.arguments, offset, arrays.n, _native.threads())
+        else:
+            self._selector.feed_lane(*arrays.arguments, offset, arrays.n, lane)
 
     def advance(self) -> Spans:
         return list(self._selector.advance(_native.threads()))
@@ -47,21 +50,22 @@ class _NativeSelector:
 class _ReferenceSelector:
     """Without the native module: holds the keys of the whole tensor."""
 
-    def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype) -> None:
+    def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype, lanes: int) -> None:
         self._n, self._targets, self._compute = n, targets, compute
-        self._keys: dict[int, Tensor] = {}
+        self._keys = {model: torch.empty(n, dtype=torch.int64) for model, _ in targets}
+        self._fed = False
 
     def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
         pass
 
-    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int) -> None:
-        for i in {model for model, _ in self._targets}:
+    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None:
+        for i, keys in self._keys.items():
             x = models[i].to(self._compute) if base is None else models[i].to(self._compute) - base.to(self._compute)
-            keys = self._keys.setdefault(i, torch.empty(self._n, dtype=torch.int64))
             keys[offset : offset + x.numel()] = magnitude_key(x).reshape(-1).cpu()
+        self._fed = True
 
     def advance(self) -> Spans:
-        return [] if self._keys else [(0, self._n)]
+        return [] if self._fed else [(0, self._n)]
 
     def results(self) -> list[tuple[int, int]]:
         found = []
@@ -90,7 +94,8 @@ class ThresholdStream:
     out. Without it, or when it misleads, two passes of histograms replace one of collecting.
 
     Numerics: class A: the rules of topk_thresholds, for any chunks and threads. Memory: about 1 % of n keys and
-    positions per model and threshold, at most ``8 · (4·2^20 + n/64)`` bytes. Not thread-safe.
+    positions per model and threshold, at most ``8 · (4·2^20 + n/64)`` bytes. Several threads may call `feed` at once, each
+    with a lane of its own; nothing else is thread-safe.
     """
 
     def __init__(
@@ -101,8 +106,12 @@ class ThresholdStream:
         models: int,
         gamma: float | Sequence[float] | None = None,
         compute: torch.dtype = torch.float32,
+        lanes: int = 1,
     ) -> None:
-        """n elements; `gamma` asks for Windows; `compute` is float64 when the base or a model is (see compute_dtype)."""
+        """n elements; `gamma` asks for Windows; `compute` is float64 when the base or a model is (see compute_dtype).
+
+        `lanes`: how many threads may feed at once.
+        """
         densities = per_model("ThresholdStream", "density", density, models)
         gammas = None if gamma is None else per_model("ThresholdStream", "gamma", gamma, models)
         require_density("ThresholdStream", densities)
@@ -112,7 +121,7 @@ class ThresholdStream:
         self._selection = Selection(n, densities, gammas)
         kind = _NativeSelector if _native.why_not() is None else _ReferenceSelector
         targets = self._selection.targets
-        self._selector: _Selector | None = kind(n, targets, compute) if targets else None
+        self._selector: _Selector | None = kind(n, targets, compute, lanes) if targets else None
 
     def sample_spans(self) -> Spans:
         """Places to sample, spread over the tensor; empty when the tensor is small or nothing is to be selected."""
@@ -132,11 +141,14 @@ class ThresholdStream:
         if self._selector is not None:
             self._selector.sample(base, models)
 
-    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int) -> None:
-        """The elements from `offset` on, part of a span that `advance` asked for."""
+    def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, *, lane: int | None = None) -> None:
+        """The elements from `offset` on, part of a span that `advance` asked for.
+
+        With a lane below `lanes` on the calling thread alone, while other threads may feed other lanes.
+        """
         self._check(base, models)
         if self._selector is not None:
-            self._selector.feed(base, models, offset)
+            self._selector.feed(base, models, offset, lane)
 
     def advance(self) -> Spans:
         """The spans to feed before the next call, each element once; empty when `finish` can be called."""

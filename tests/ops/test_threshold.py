@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +96,29 @@ def test_stream_without_or_with_a_misleading_sample():
         for a, b in spans:
             stream.feed(None, [x[a:b]], a)
     assert stream.finish() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_threads_feed_lanes_of_their_own(dtype):
+    n, step, lanes = 300_007, 4096, 3
+    for what, x in hard_inputs(dtype, n).items():
+        want = reference_thresholds(None, [x, 3 * x], [0.2, 0.7])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        stream = ThresholdStream(n, [0.2, 0.7], models=2, compute=wide, lanes=lanes)
+        for a, b in stream.sample_spans():
+            stream.add_sample(None, [x[a:b], 3 * x[a:b]])
+        while spans := stream.advance():
+
+            def feed(lane, spans=spans, x=x, stream=stream):
+                pieces = [(i, min(i + step, b)) for a, b in spans for i in range(a, b, step)]
+                for a, b in pieces[lane::lanes]:
+                    stream.feed(None, [x[a:b], 3 * x[a:b]], a, lane=lane)
+
+            with ThreadPoolExecutor(lanes) as pool:
+                list(pool.map(feed, range(lanes)))
+        assert stream.finish() == want, what
+    with pytest.raises(ValueError, match="no lane 3"):
+        ThresholdStream(9, 0.5, models=1, lanes=3).feed(None, [torch.zeros(9)], 0, lane=3)
 
 
 def test_stream_over_a_concatenation_gives_each_tensor_its_rule():
