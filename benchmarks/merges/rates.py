@@ -5,7 +5,8 @@ python -m fastmerge.benchmarks.merges.rates [METHOD ...] [--shape ROWS COLUMNS] 
 One tensor of a base and N models goes through the engine's own passes (`Job.apply`: scan, merge, the search for NaN) on one
 thread, from files in the page cache, and the result is dropped. Methods take turns, so that a machine that drifts slows
 all of them; the median of the rounds counts. `reads` is how often the inputs were read; what reading takes on its own is
-measured in the same rounds, and `merging` is the rate without it: what `--device auto` goes by (fastmerge/device/choose.py).
+measured in the same rounds, and `merging` is the rate without it. `--device auto` (fastmerge/device/choose.py) goes by that of
+methods without a pass before the merge: task_arithmetic, "dare_ties, merge alone", "della, merge alone", fr.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from .peers import METHODS
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "fr": ("fr", {}),
     "sce, all elements": ("sce", {}),
+    "dare_ties, merge alone": ("dare_ties", {"weight": 0.3, "density": 0.2, "rescale": False}),
+    "della, merge alone": ("della", {"weight": 0.3, "density": 0.3, "epsilon": 0.1, "rescale": False}),
     "breadcrumbs, L1": ("breadcrumbs", {"weight": 0.3, "density": 0.9, "gamma": 0.01, "rescale": True}),
     "nuslerp, columns": ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False}),
     "nuslerp, rows": ("nuslerp", {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
