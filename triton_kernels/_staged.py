@@ -1,9 +1,4 @@
-"""highpass_filter's staged form: a four-step Fourier transform in `tl.dot` stages, in one launch or in three.
-
-Story. A transform of length n1·n2 is two stages of products with small matrices of roots of unity, and a product with
-twiddles between them: with j = j1·n2 + j2 and k = k1 + n1·k2, jk/n = j1·k1/n1 + j2·k1/n + j2·k2/n2. The matrices are at
-most 32 wide and may have any size up to that: they are padded to 16 or 32, so a radix need not be prime or even. (Products
-of 64 x 64, for lengths above 1024, spill on every GPU; those lengths go through torch.fft.)
+"""highpass_filter's staged form: Fourier transforms in `tl.dot` stages (_stages.py), in one launch or in three.
 
 *One tile*: a matrix of at most 32 x 32 is read once, transformed in registers by plain products and written once.
 
@@ -11,157 +6,34 @@ of 64 x 64, for lengths above 1024, spill on every GPU; those lengths go through
 half spectrum are written), columns forward, gain and back (in place), rows back (x − low, base, cast). Only the blocks of
 n1 columns that hold a removed one are computed and stored; where that is most of them, the kept part is transformed back
 instead and x is not read again. The spectrum lies in memory so that every access is whole sectors, both ways: 2 rows
-x 2 columns x (re, im) of float32 are the 32 bytes of one sector.
+x 2 columns x (re, im) of float32 are the 32 bytes of one sector. Lengths of three stages have kernels of their own
+(_staged_long.py) over the same layout, so that any pair of lengths goes together.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, jit, launch, narrow, scalar, target, tl, upload, warps
-
-RADIX = 32  # largest stage
-TILE = 32  # largest matrix of one tile
-
-
-class Stages(NamedTuple):
-    """n = n1 · n2."""
-
-    n1: int
-    n2: int
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        return padded(self.n1), padded(self.n2)
-
-
-def padded(n: int) -> int:
-    """The power of two that a stage of n is padded to; `tl.dot` needs 16."""
-    return 1 << max(4, (n - 1).bit_length())
-
-
-@functools.lru_cache(maxsize=256)
-def stages(n: int) -> Stages | None:
-    """The two stages of a transform of length n with the least padding; None where it has none of at most RADIX."""
-    found = [Stages(n // b, b) for b in range(1, RADIX + 1) if n % b == 0 and n // b <= RADIX]
-    return min(found, key=lambda s: (s.padded[0] * s.padded[1], s.padded[0], s.n1), default=None)
-
-
-class Shape(NamedTuple):
-    """How the three launches lay out the spectrum of [height, width] matrices with `columns` of interest."""
-
-    rows: Stages  # of the transforms along a row, of length width
-    tall: Stages
-    blocks: int  # blocks of rows.n1 columns that are stored, an even number
-    keep: bool  # the kept part comes back, instead of the removed part
-
-    @property
-    def share(self) -> float:
-        """Columns stored, of the whole spectrum."""
-        return self.blocks / self.rows.n2
-
-
-def shape(height: int, width: int, last: int) -> Shape | None:
-    """The layout for a mask whose last touched column is `last`; None where a length has no stages."""
-    rows, tall = stages(width), stages(height)
-    if rows is None or tall is None:
-        return None
-    every = width // 2 // rows.n1 + 1  # blocks that hold the columns 0 ... width // 2
-    some = last // rows.n1 + 1
-    keep = 16 * (every - some) < 4 * rows.n2  # the rest of the spectrum, 4 ways, is less than x again
-    count = every if keep else some
-    return Shape(rows, tall, count + count % 2, keep)
-
-
-def flops(s: Shape) -> float:
-    """Of the three launches, for each element of x, padding included."""
-    p1, p2, q = *s.rows.padded, padded(s.blocks)
-    rows = 2 * (4 * p1 + 8 * q) * (p1 * p2) / (s.rows.n1 * s.rows.n2)
-    t1, t2 = s.tall.padded
-    return rows + 16 * (t1 + t2) * (t1 * t2) / (s.tall.n1 * s.tall.n2) * s.share
-
-
-# ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@jit
-def _add_product(r, i, ar, ai, br, bi, PRECISION: tl.constexpr):
-    """(r, i) + the complex product a · b of matrices."""
-    r = tl.dot(ar, br, r, input_precision=PRECISION)
-    r = tl.dot(ai, -bi, r, input_precision=PRECISION)
-    i = tl.dot(ar, bi, i, input_precision=PRECISION)
-    i = tl.dot(ai, br, i, input_precision=PRECISION)
-    return r, i
-
-
-@jit
-def _times(ar, ai, br, bi, PRECISION: tl.constexpr):
-    """The complex product a · b of matrices."""
-    zero = tl.zeros((ar.shape[0], br.shape[1]), tl.float32)
-    return _add_product(zero, zero, ar, ai, br, bi, PRECISION)
-
-
-@jit
-def _roots(ptr, P: tl.constexpr, Q: tl.constexpr, DEPTH: tl.constexpr):
-    """cos and −sin from a table [2, P, Q], each column DEPTH times."""
-    j = tl.arange(0, Q * DEPTH) // DEPTH
-    at = tl.arange(0, P)[:, None] * Q + j[None, :]
-    return tl.load(ptr + at), tl.load(ptr + P * Q + at)
-
-
-@jit
-def _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES: tl.constexpr, KEEP: tl.constexpr):
-    """1 − gain (KEEP: the gain) of bins from the integer bounds, times what a bin and its mirror weigh."""
-    ok = (ky < height) & (kx <= width // 2)
-    count = tl.zeros(ky.shape, tl.int32) + kx * 0
-    row = tl.minimum(ky, height - 1)
-    for t in tl.static_range(TABLES):
-        low = tl.load(bounds_ptr + 2 * (t * height + row))
-        high = tl.load(bounds_ptr + 2 * (t * height + row) + 1)
-        count += ((kx >= low) & (kx < high)).to(tl.int32)
-    for i in tl.range(0, rings):
-        hit = (ky == tl.load(ring_ptr + 2 * i)) & (kx == tl.load(ring_ptr + 2 * i + 1))
-        count += hit.to(tl.int32)
-    if KEEP == 0:
-        count = TABLES - count
-    twice = tl.where((kx == 0) | (2 * kx == width), 1, 2)
-    return tl.where(ok, count * twice, 0).to(tl.float32)
-
-
-@jit
-def _load(ptrs, ok):
-    """Elements, 0 where not `ok`; None: all of them, and then the loads are wide."""
-    return tl.load(ptrs, mask=ok, other=None if ok is None else 0.0)
-
-
-@jit
-def _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Σ wᵢ (modelᵢ − base), or the one model as it is."""
-    x = _load(model_ptrs[0] + at, ok).to(COMPUTE)
-    if HAS_BASE:
-        base = _load(base_ptr + at, ok).to(COMPUTE)
-        x = x - base
-    if WEIGHTED:
-        x = x * scalar(weights[0], COMPUTE)
-        for k in tl.static_range(1, len(model_ptrs)):
-            y = _load(model_ptrs[k] + at, ok).to(COMPUTE)
-            if HAS_BASE:
-                y = y - base
-            x = x + y * scalar(weights[k], COMPUTE)
-    return x
-
-
-@jit
-def _finish(base_ptr, out_ptr, at, ok, y, bad, ADD_BASE: tl.constexpr):
-    y = tl.where(bad, float("nan"), y)
-    if ADD_BASE:
-        y = tl.load(base_ptr + at, mask=ok, other=0.0).to(tl.float32) + y
-    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
+from ._jit import INTERPRETING, jit, launch, target, tl, upload, warps
+from ._staged_long import lanes, long_columns_kernel, long_rows_back_kernel, long_rows_forward_kernel
+from ._staged_long import tables as three_tables
+from ._stages import (
+    LONG,
+    Shape,
+    _add_product,
+    _delta,
+    _factor,
+    _finish,
+    _roots,
+    _times,
+    matrix,
+    padded,
+    shape,
+    twiddles,
+)
 
 
 @jit(do_not_specialize=["weights", "rings", "columns"])
@@ -324,35 +196,12 @@ def rows_back_kernel(
     _finish(base_ptr, out_ptr, at, ok, y, tl.load(bad_ptr + batch) != 0, ADD_BASE)
 
 
-# --------------------------------------------------------------------------------------------------------- launchers
-
-
-@functools.lru_cache(maxsize=64)
-def _matrix(n: int, p: int, device: torch.device) -> Tensor:
-    """float32 [2, p, p]: cos and −sin of 2π jk/n for j, k < n, zeros around."""
-    return _table(n, n, n, p, p, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _twiddles(s: Stages, device: torch.device) -> Tensor:
-    """float32 [2, p1, p2] of 2π k1·j2 / (n1·n2)."""
-    return _table(s.n1, s.n2, s.n1 * s.n2, *s.padded, device)
-
-
-def _table(rows: int, columns: int, n: int, p: int, q: int, device: torch.device) -> Tensor:
-    angle = 2 * math.pi * ((torch.arange(rows)[:, None] * torch.arange(columns)) % n).double() / n
-    table = torch.zeros(2, p, q)
-    table[0, :rows, :columns] = angle.cos()
-    table[1, :rows, :columns] = -angle.sin()
-    return upload(table, torch.float32, device)
-
-
 def one_tile(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, add_base: bool, precision: str) -> None:
     height, width, device = mask.height, mask.width, out.device
     ph, pw = padded(height), padded(width)
     tables = mask.bounds.shape[0]
     launch(
-        one_tile_kernel, (batch,), *source, _matrix(height, ph, device), _matrix(width, pw, device),
+        one_tile_kernel, (batch,), *source, matrix(height, ph, device), matrix(width, pw, device),
         upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device), len(mask.ring), out,
         int(mask.columns[-1]) + 1, height, width, 1.0 / (height * width * tables), ADD_BASE=add_base, TABLES=tables,
         PRECISION=precision, PH=ph, PW=pw, num_warps=warps(4), device=device, **flags,
@@ -363,23 +212,47 @@ def three_launches(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, 
     height, width, device = mask.height, mask.width, out.device
     plan = shape(height, width, int(mask.columns[-1]))
     assert plan is not None
-    rows, tall = plan.rows, plan.tall
-    pairs = -(-height // 2)
+    rows, pairs, tables, keep = plan.rows, -(-height // 2), mask.bounds.shape[0], int(plan.keep)
     spectrum = torch.empty(batch, pairs, rows.n1, plan.blocks // 2, 8, dtype=torch.float32, device=device)
     bad = torch.zeros(batch, dtype=torch.int32, device=device)
-    (p1, p2), q, tables = rows.padded, padded(plan.blocks), mask.bounds.shape[0]
-    wide = _matrix(rows.n1, p1, device), _twiddles(rows, device), _matrix(rows.n2, p2, device)
-    meta = {"P1": p1, "P2": p2, "PRECISION": precision, "num_warps": warps(8), "device": device}
-    launch(rows_forward_kernel, (pairs, batch), *source, *wide, spectrum, bad, height, rows.n1, rows.n2, plan.blocks,
-           Q=min(q, p2), **meta, **flags)  # fmt: skip
+    forward: Any
+    back: Any
+    if rows.n3 > 1:
+        forward, back = long_rows_forward_kernel, long_rows_back_kernel
+        sizes, lines = tuple(rows), (three_tables(rows, device),)
+        meta = {"P": LONG, "WHOLE": int(rows.n2 == LONG), "LANES": lanes()[0]}
+        grid, few = (-(-height // meta["LANES"]), batch), {}
+    else:
+        forward, back = rows_forward_kernel, rows_back_kernel
+        p1, p2 = rows.padded
+        sizes, lines = rows[:2], (matrix(rows.n1, p1, device), twiddles(rows, device), matrix(rows.n2, p2, device))
+        meta = {"P1": p1, "P2": p2}
+        grid, few = (pairs, batch), {"Q": min(padded(plan.blocks), p2)}
+    always = {"PRECISION": precision, "device": device, "num_warps": warps(8)}
+    launch(forward, grid, *source, *lines, spectrum, bad, height, *sizes, plan.blocks, **few, **meta, **always, **flags)
+    _columns(plan, spectrum, mask, batch, {"TABLES": tables, "KEEP": keep, **always})
+    launch(back, grid, *source, *lines, spectrum, bad, out, height, *sizes, plan.blocks,
+           ADD_BASE=add_base, KEEP=keep, **meta, **always, **flags)  # fmt: skip
+
+
+def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[str, Any]) -> None:
+    tall, n1, device = plan.tall, plan.rows.n1, spectrum.device
+    upon = upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device), len(mask.ring)
+    share = 1.0 / (mask.height * mask.width * meta["TABLES"])
+    hopper = (
+        not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9
+    )  # its products take more registers
+    if tall.n3 > 1:
+        at_once = lanes()[1]
+        launch(
+            long_columns_kernel, (n1 * plan.blocks // at_once, batch), spectrum, three_tables(tall, device), *upon, mask.height,
+            mask.width, n1, *tall, *tall[1:], plan.blocks, share, P=LONG, LANES=at_once, **meta,
+        )  # fmt: skip
+        return
     h1, h2 = tall.padded
-    # The second stage in pieces, so that registers suffice; the products of compute capability 9 want it whole.
-    step = h2 if not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9 else 16
     launch(
-        columns_kernel, (rows.n1 * plan.blocks // 2, batch), spectrum, _matrix(tall.n1, h1, device), _twiddles(tall, device),
-        _matrix(tall.n2, h2, device), upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device),
-        len(mask.ring), height, width, rows.n1, tall.n1, tall.n2, plan.blocks, 1.0 / (height * width * tables),
-        TABLES=tables, KEEP=int(plan.keep), PRECISION=precision, P1=h1, P2=h2, STEP=step, num_warps=warps(8), device=device,
+        columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, matrix(tall.n1, h1, device), twiddles(tall, device),
+        matrix(tall.n2, h2, device), *upon, mask.height, mask.width, n1, tall.n1, tall.n2, plan.blocks, share,
+        P1=h1, P2=h2, STEP=h2 if hopper else 16,  # in pieces, so that registers suffice; Hopper wants it whole
+        **meta,
     )  # fmt: skip
-    launch(rows_back_kernel, (pairs, batch), *source, *wide, spectrum, bad, out, height, rows.n1, rows.n2, plan.blocks,
-           ADD_BASE=add_base, KEEP=int(plan.keep), **meta, **flags)  # fmt: skip

@@ -38,12 +38,14 @@ from ._jit import (
     warps,
     wide_dtype,
 )
-from ._staged import TILE, _delta, _load, flops, one_tile, shape, three_launches
+from ._staged import one_tile, three_launches
+from ._stages import TILE, _delta, _load, flops, shape
 
 FLOPS_PER_BYTE = 49  # an H100's 3xTF32 flops for each byte its memory moves: 495e12 / 3 / 3.35e12 (data sheet)
 _FFT_BYTES = 56  # moved for each element by the fft form: 14 passes of 4 bytes (first, 2 x 4 transform, 2 mask, last)
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
-_STAGED_SLOWER = 2  # small products, operands rearranged between them: assumed to run at half the rate of long ones
+_STAGED_SLOWER = 2  # small products, operands rearranged between them: assumed to run at half the rate of long ones,
+_THREE_STAGES_SLOWER = 8 / 3  # and at three eighths of it where registers leave room for 8 warps only
 _PRUNED_BYTES = 12  # by the pruned form: x twice, out once
 
 
@@ -89,7 +91,8 @@ def costs(mask: Mask) -> dict[str, float]:
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
         data = (8 if plan.keep else 12) + 16 * plan.share
-        found["staged"] = data + _STAGED_SLOWER * flops(plan) / FLOPS_PER_BYTE
+        slower = _THREE_STAGES_SLOWER if max(plan.rows.n3, plan.tall.n3) > 1 else _STAGED_SLOWER
+        found["staged"] = data + slower * flops(plan) / FLOPS_PER_BYTE
     return found | {"fft": _FFT_BYTES}
 
 

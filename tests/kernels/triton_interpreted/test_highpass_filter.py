@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from checks import LAYOUTS, assert_close, map_tensors, poisoned_empty, relative_rms
@@ -11,6 +13,10 @@ from fastmerge.ops._spectral_mask import spectral_mask
 
 kernel = _triton.kernel("highpass_filter")
 form = _triton.kernel("highpass_filter", "form")
+one_tile = _triton.kernel("_staged", "one_tile")
+stages = _triton.kernel("_stages", "stages")
+Stages = _triton.kernel("_stages", "Stages")
+stages_module = sys.modules[Stages.__module__]
 
 
 @pytest.mark.parametrize("case", highpass_filter.cases, ids=lambda c: c.name)
@@ -50,6 +56,38 @@ def test_every_form_is_exact(which, height, width, options):
     kernel([x], out, plan, which=which)
     want = highpass_filter(x.double(), backend="reference", **options).float()
     assert relative_rms(out, want) < 2e-6 * max(1.0, float(x.square().mean().sqrt() / want.square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("lanes", [(2, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "cutoff"), [(3, 1331, 0.1), (2, 2048, 0.05), (60, 9, 0.4), (27, 8, 1.2), (9, 30, 0.5)]
+)
+def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
+    # For columns a short length stands for a long one: every pair of rows is a program, and the interpreter is slow.
+    monkeypatch.setattr(stages_module, "stages", lambda n: short.get(n) or stages(n))
+    short = {60: Stages(5, 4, 3), 27: Stages(3, 3, 3), 30: Stages(2, 3, 5)}
+    monkeypatch.setattr(sys.modules[one_tile.__module__], "lanes", lambda: lanes)
+    monkeypatch.setattr(sys.modules[kernel.__module__], "TILE", 0)
+    x = torch.randn(1, height, width, generator=torch.Generator().manual_seed(4))
+    x = torch.cat([x, x + float("inf")])
+    out = torch.full_like(x, float("nan"))
+    with memory_guard(x, out) as guard:
+        kernel([x], out, spectral_mask(height, width, cutoff, "radial", False), which="staged")
+    rows, columns = ("long_" if n in short or n > 1024 else "" for n in (width, height))
+    assert guard.launches == [f"{rows}rows_forward_kernel", f"{columns}columns_kernel", f"{rows}rows_back_kernel"]
+    want = highpass_filter(x[0].double(), cutoff, backend="reference").float()
+    assert relative_rms(out[0], want) < 2e-6 * max(
+        1.0, float(x[0].square().mean().sqrt() / want.square().mean().sqrt())
+    )
+    assert out[1].isnan().all()
+    assert guard.touched(out) == out.numel()
+
+
+def test_a_length_is_two_or_three_stages_or_none():
+    assert {n: stages(n) for n in (1, 96, 1024, 1331, 2560, 4096, 8192, 769, 11008)} == {
+        1: (1, 1, 1), 96: (6, 16, 1), 1024: (32, 32, 1), 1331: (11, 11, 11), 2560: (16, 16, 10), 4096: (16, 16, 16),
+        8192: None, 769: None, 11008: None,
+    }  # fmt: skip
 
 
 LAUNCHES = {"pruned": 2, "staged": 3, "fft": 3, "one tile": 1}
@@ -136,7 +174,8 @@ def test_the_form_follows_the_cost_model():
     def name(height, width, cutoff, compute=torch.float32):
         return form(spectral_mask(height, width, cutoff, "radial", False), compute).name
 
-    assert [name(4096, 4096, c) for c in (0.05, 0.1, 0.2)] == ["pruned", "pruned", "fft"]
+    assert [name(4096, 4096, c) for c in (0.05, 0.1, 0.2, 0.9)] == ["pruned", "pruned", "staged", "fft"]
+    assert name(8192, 8192, 0.2) == "fft"
     assert [name(1024, 1024, c) for c in (0.15, 0.3, 0.9)] == ["pruned", "staged", "fft"]
     assert name(32000, 1024, 0.15) == name(1024, 32000, 0.15) == "pruned"
     assert name(512, 512, 0.4) == "staged"

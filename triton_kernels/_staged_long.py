@@ -1,0 +1,213 @@
+"""The three launches of highpass_filter's staged form for lengths of three stages, up to 16³ = 4096.
+
+With n = n1·n2·n3, j = (j1·n2 + m1)·n3 + m2 and k = k1 + n1·(q1 + n2·q2):
+
+    jk/n = j1·k1/n1 + [m1·k1/(n1·n2) + m2·k1/n] + m1·q1/n2 + m2·q1/(n2·n3) + m2·q2/n3    (mod 1)
+
+three products with [16, 16] matrices, and twiddles between them that come from three tables of that size. Six tables are
+one tensor, see `tables`. The two rows or columns of a program are `lane`, an index that goes along; where registers do not
+suffice for two (`lanes`) a program takes one, and its neighbour the other half of each sector, through the L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ._jit import INTERPRETING, jit, target, tl
+from ._stages import LONG, Stages, _delta, _factor, _finish, table
+
+
+@functools.lru_cache(maxsize=64)
+def tables(s: Stages, device: torch.device) -> Tensor:
+    """float32 [6, 2, 16, 16]: cos and −sin of the three stages' matrices and of the three twiddles of the formula above."""
+    n1, n2, n3 = s
+    parts = [(n, n, n) for n in s] + [(n1, n2, n1 * n2), (n1, n3, n1 * n2 * n3), (n2, n3, n2 * n3)]
+    return torch.stack([table(*p, LONG, LONG, device) for p in parts])
+
+
+def lanes() -> tuple[int, int]:
+    """(rows, columns) of a program: what the compiled kernels have registers for."""
+    if INTERPRETING or target().backend != "cuda":
+        return 2, 2
+    return {10: (2, 2), 12: (1, 1)}.get(target().arch // 10, (2, 1))
+
+
+@jit
+def _square(tables_ptr, which: tl.constexpr, P: tl.constexpr):
+    """The matrix of a stage."""
+    at = tables_ptr + which * 2 * P * P + tl.arange(0, P)[:, None] * P + tl.arange(0, P)[None, :]
+    return tl.load(at), tl.load(at + P * P)
+
+
+@jit
+def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """The complex product of a long and a square matrix; everything with the real part first: fewer operands at a time."""
+    r = tl.dot(ar, br, input_precision=PRECISION)
+    i = tl.dot(ar, bi, input_precision=PRECISION)
+    r = tl.dot(ai, -bi, r, input_precision=PRECISION)
+    i = tl.dot(ai, br, i, input_precision=PRECISION)
+    return r, i
+
+
+@jit
+def _turned(r, i, tables_ptr, which: tl.constexpr, row, column, BACK: tl.constexpr, P: tl.constexpr):
+    """(r, i) times a twiddle, or (BACK) its conjugate."""
+    tl.debug_barrier()  # tables are loaded one after another, where they are used: registers are scarce
+    at = tables_ptr + which * 2 * P * P + row * P + column
+    tr, ti = tl.load(at), tl.load(at + P * P)
+    if BACK:
+        ti = -ti
+    return r * tr - i * ti, r * ti + i * tr
+
+
+@jit
+def _finer(ar, ai, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """After the first product, [(lane, m1, m2), k1]: twiddles, second and third stage, [(lane, q1, k1), q2]."""
+    line, c = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // P % P, 0, P)
+    ar, ai = _turned(ar, ai, tables_ptr, 4, c, line % P, 0, P)
+    br = ar.reshape(LANES, P, P, P).permute(0, 2, 3, 1).reshape(LANES * P * P, P)  # [(lane, m2, k1), m1]
+    bi = ai.reshape(LANES, P, P, P).permute(0, 2, 3, 1).reshape(LANES * P * P, P)
+    fr, fi = _square(tables_ptr, 1, P)
+    br, bi = _product(br, bi, fr, fi, PRECISION)
+    br, bi = _turned(br, bi, tables_ptr, 5, c, line // P % P, 0, P)
+    br = br.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)  # [(lane, q1, k1), m2]
+    bi = bi.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)
+    fr, fi = _square(tables_ptr, 2, P)
+    return _product(br, bi, fr, fi, PRECISION)
+
+
+@jit
+def _coarser(cr, ci, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """Back: [(lane, q1, k1), q2] to [(lane, m1, m2), k1], for the last product."""
+    line, c = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    fr, fi = _square(tables_ptr, 2, P)
+    br, bi = _product(cr, ci, fr, -fi, PRECISION)
+    br = br.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)  # [(lane, m2, k1), q1]
+    bi = bi.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)
+    br, bi = _turned(br, bi, tables_ptr, 5, c, line // P % P, 1, P)
+    fr, fi = _square(tables_ptr, 1, P)
+    br, bi = _product(br, bi, fr, -fi, PRECISION)
+    ar = br.reshape(LANES, P, P, P).permute(0, 3, 1, 2).reshape(LANES * P * P, P)  # [(lane, m1, m2), k1]
+    ai = bi.reshape(LANES, P, P, P).permute(0, 3, 1, 2).reshape(LANES * P * P, P)
+    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // P % P, 1, P)
+    return _turned(ar, ai, tables_ptr, 4, c, line % P, 1, P)
+
+
+@jit
+def _place(first, N2, N3, blocks, WHOLE: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """Where (q2, q1 / 2, lane, q1 % 2, (re, im)) of the rows first, ... lie within a pair's blocks; which of them exist."""
+    e = tl.arange(0, 2 * LANES * P * P)[None, :]
+    if WHOLE and LANES == 2:  # n2 = P: in order
+        return e, e < 4 * blocks
+    else:
+        q1, q2 = e // (4 * LANES) % (P // 2) * 2 + e // 2 % 2, e // (2 * LANES * P)
+        q = q1 + N2 * q2
+        return q // 2 * 8 + (first + e // 4 % LANES) % 2 * 4 + q % 2 * 2 + e % 2, (q1 < N2) & (q2 < N3) & (q < blocks)
+
+
+@jit
+def _rows(first, batch, height, N1, N2, N3, P: tl.constexpr, LANES: tl.constexpr):
+    """Where the rows first, ... start, their elements as [(lane, m1, m2), j1], and which exist; narrow, to spare registers."""
+    line, j1 = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    lane, m1, m2 = line // (P * P), line // P % P, line % P
+    ok = (j1 < N1) & (m1 < N2) & (m2 < N3) & (lane < height - first)
+    width = N1 * N2 * N3
+    return (batch * height + first) * width, lane * width + (j1 * N2 + m1) * N3 + m2, ok
+
+
+@jit(do_not_specialize=["weights"])
+def long_rows_forward_kernel(
+    base_ptr, model_ptrs, weights, tables_ptr, spectrum_ptr, bad_ptr, height, N1, N2, N3, blocks,
+    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The first `blocks` blocks of N1 columns of the transforms of LANES rows; notes a NaN or an Inf."""
+    first, batch = tl.program_id(0) * LANES, tl.program_id(1).to(tl.int64)
+    start, at, ok = _rows(first, batch, height, N1, N2, N3, P, LANES)
+    x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
+    if tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0) > 0:
+        tl.atomic_max(bad_ptr + batch, 1)
+    fr, fi = _square(tables_ptr, 0, P)
+    ar = tl.dot(x, fr, input_precision=PRECISION)  # [(row, m1, m2), k1]
+    ai = tl.dot(x, fi, input_precision=PRECISION)
+    cr, ci = _finer(ar, ai, tables_ptr, PRECISION, P, LANES)  # [(row, q1, k1), q2]
+    # -> [k1, (q2, q1 / 2, row, q1 % 2, (re, im))]
+    value = tl.join(cr, ci).reshape(LANES, P // 2, 2, P, P, 2).permute(3, 4, 1, 0, 2, 5).reshape(P, 2 * LANES * P * P)
+    e, stored = _place(first, N2, N3, blocks, WHOLE, P, LANES)
+    k1 = tl.arange(0, P)[:, None]
+    line = ((batch * ((height + 1) // 2) + first // 2) * N1 + k1) * (4 * blocks)
+    tl.store(spectrum_ptr + line + e, value, mask=(k1 < N1) & stored)
+
+
+@jit
+def _columns(first, H1, H2, H3, stride, P: tl.constexpr, LANES: tl.constexpr):
+    """Columns of the blocks first, ... as [(m1, m2, lane, (re, im)), h1], `stride` between pairs of rows; which exist."""
+    j, h1 = tl.arange(0, 2 * LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    m1, m2, block = j // (2 * LANES * P), j // (2 * LANES) % P, first + j // 2 % LANES
+    h = (h1 * H2 + m1) * H3 + m2
+    return h // 2 * stride + h % 2 * 4 + block // 2 * 8 + block % 2 * 2 + j % 2, (h1 < H1) & (m1 < H2) & (m2 < H3)
+
+
+@jit(do_not_specialize=["rings", "H2_AGAIN", "H3_AGAIN"])
+def long_columns_kernel(
+    spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, H2_AGAIN, H3_AGAIN, blocks, share,
+    TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """LANES columns (of neighbouring blocks): transform, gain, transform back, in place.
+
+    H2_AGAIN, H3_AGAIN = H2, H3: with other names the addresses are computed again for the stores, instead of held in
+    registers that spill.
+    """
+    k1, first, batch = tl.program_id(0) % N1, tl.program_id(0) // N1 * LANES, tl.program_id(1).to(tl.int64)
+    here = spectrum_ptr + (batch * ((height + 1) // 2) * N1 + k1) * (4 * blocks)
+    place, ok = _columns(first, H1, H2, H3, N1 * 4 * blocks, P, LANES)
+    x = tl.load(here + place, mask=ok, other=0.0)
+    xr, xi = (
+        x.reshape(P * P, LANES, 2, P).permute(1, 0, 3, 2).reshape(LANES * P * P, P, 2).split()
+    )  # [(lane, m1, m2), h1]
+    fr, fi = _square(tables_ptr, 0, P)
+    ar, ai = _product(xr, xi, fr, fi, PRECISION)
+    cr, ci = _finer(ar, ai, tables_ptr, PRECISION, P, LANES)  # [(lane, q1, ky1), q2]
+    line, q2 = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    q1, ky1 = line // P % P, line % P
+    ky = tl.where((q1 < H2) & (ky1 < H1) & (q2 < H3), ky1 + H1 * (q1 + H2 * q2), height)
+    kx = k1 + N1 * (first + line // (P * P))
+    tl.debug_barrier()
+    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES, KEEP) * share
+    tl.debug_barrier()
+    ar, ai = _coarser(cr * factor, ci * factor, tables_ptr, PRECISION, P, LANES)
+    fr, fi = _square(tables_ptr, 0, P)
+    yr, yi = _product(ar, ai, fr, -fi, PRECISION)  # [(lane, m1, m2), h1]
+    y = tl.join(yr, yi).reshape(LANES, P * P, P, 2).permute(1, 0, 3, 2).reshape(2 * LANES * P * P, P)
+    place, ok = _columns(first, H1, H2_AGAIN, H3_AGAIN, N1 * 4 * blocks, P, LANES)
+    tl.store(here + place, y, mask=ok)
+
+
+@jit(do_not_specialize=["weights"])
+def long_rows_back_kernel(
+    base_ptr, model_ptrs, weights, tables_ptr, spectrum_ptr, bad_ptr, out_ptr, height, N1, N2, N3, blocks,
+    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """out = (base +) delta − what the columns give for LANES rows; KEEP: (base +) what they give."""
+    first, batch = tl.program_id(0) * LANES, tl.program_id(1).to(tl.int64)
+    k1 = tl.arange(0, P)[:, None]
+    e, stored = _place(first, N2, N3, blocks, WHOLE, P, LANES)
+    line = ((batch * ((height + 1) // 2) + first // 2) * N1 + k1) * (4 * blocks)
+    value = tl.load(spectrum_ptr + line + e, mask=(k1 < N1) & stored, other=0.0)
+    # [k1, (q2, q1 / 2, row, q1 % 2, (re, im))] -> [(row, q1, k1), q2]
+    value = value.reshape(P, P, P // 2, LANES, 2, 2).permute(3, 2, 4, 0, 1, 5)
+    cr, ci = value.reshape(LANES * P * P, P, 2).split()
+    ar, ai = _coarser(cr, ci, tables_ptr, PRECISION, P, LANES)  # [(row, m1, m2), k1]
+    fr, fi = _square(tables_ptr, 0, P)
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    y = tl.dot(ai, fi, y, input_precision=PRECISION)
+    start, at, ok = _rows(first, batch, height, N1, N2, N3, P, LANES)
+    if KEEP == 0:
+        y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
+    _finish(base_ptr + start, out_ptr + start, at, ok, y, tl.load(bad_ptr + batch) != 0, ADD_BASE)
