@@ -7,6 +7,7 @@ once, or the same range on several processes (replicas). Only the K·L products 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +19,8 @@ from .choice import Part, Products
 
 
 def _dtensor() -> Any:
-    try:
-        from torch.distributed.tensor import DTensor
-    except ImportError:  # torch built without distributed
-        return ()
-    return DTensor
+    """The class, or () where nothing has imported it: no tensor can be one then, and importing it takes seconds."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
 class Layout:
