@@ -52,10 +52,10 @@ def side_by_side(
     reset: Callable[[], None] | None = None,
     rotated: Mapping[str, Callable[[], Sequence[Callable[[], Any]]]] | None = None,
 ) -> dict[str, Times]:
-    """Time each call in turn, A B C A B C, for about `budget` seconds each, at least 3 and at most 50 rounds.
+    """Time each call in turn, A B C A B C, for about `budget` seconds each, at most 50 rounds.
 
-    A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first. With a
-    `runtime` the calls run on its device and are timed as benchmarks/gpu.py says, `rotated` giving the calls of a graph.
+    A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first, and at
+    least 3 are timed; a call that takes longer than the budget by itself is timed once, first or not. With a `runtime` the calls run on its device and are timed as benchmarks/gpu.py says, `rotated` giving the calls of a graph.
     """
     once: dict[str, Callable[[], float]] = {}
     how = dict.fromkeys(calls, "clock")
@@ -64,19 +64,22 @@ def side_by_side(
         if reset is not None:
             reset()
         if runtime is None:
-            call()
             once[name] = functools.partial(_once, call)
+            cost[name] = once[name]()
+            if cost[name] > budget:
+                continue
         else:
             plan = gpu.plan(runtime, call, (rotated or {}).get(name) if reset is None else None)
             once[name], how[name] = functools.partial(plan.once, runtime), plan.how
         if reset is not None:
             reset()
         cost[name] = once[name]()
-    rounds = max(3, min(50, int(budget * len(calls) / max(sum(cost.values()), 1e-9))))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    quick = [name for name in calls if cost[name] <= budget]
+    rounds = max(3, min(50, int(budget * len(quick) / max(sum(cost[name] for name in quick), 1e-9))))
+    seconds: dict[str, list[float]] = {name: [] if name in quick else [cost[name]] for name in calls}
     for r in range(rounds):
-        for name in calls:
-            # A call that alone eats the budget is not repeated more than three times.
+        for name in quick:
+            # A call that eats the budget is not repeated more than three times.
             if r >= 3 and sum(seconds[name]) > 3 * budget:
                 continue
             if reset is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -49,7 +50,7 @@ def made(**changes):
 
 
 def test_every_backend_has_a_row_or_a_reason():
-    rows = {r.backend: r for r in run.measure(SMALL, SMALL.variants[0], torch.device("cpu"), LIMITS, ENV, budget=0.001)}
+    rows = {r.backend: r for r in run.measure(SMALL, SMALL.variants[0], torch.device("cpu"), LIMITS, ENV, budget=0.05)}
     assert set(rows) == {"cpu", "reference", "torch", "triton", "cuda", "cupy", "torch.compile", "cupy.something"}
     for name in ("cpu", "reference", "torch"):
         r = rows[name]
@@ -177,13 +178,22 @@ def test_copies_of_inputs_exceed_the_cache_twice():
 def test_side_by_side_on_a_device_resets_before_every_call_and_says_how():
     runtime, state = Pretended(device=2e-6, host=8e-6), []
     times = side_by_side(
-        {"a": lambda: state.append("call")}, runtime, budget=1e-9, reset=lambda: state.append("reset"),
+        {"a": lambda: state.append("call")}, runtime, budget=1e-5, reset=lambda: state.append("reset"),
         rotated={"a": lambda: pytest.fail("a call with a reset is not put in a graph")},
     )  # fmt: skip
     assert times["a"].how == "events"
     assert times["a"].p50 == 2e-6
     # warm-up: one call and three for the plan; then always reset, call
     assert state[-6:] == ["reset", "call"] * 3
+
+
+def test_a_call_slower_than_the_budget_is_timed_once():
+    ran = []
+    slow, quick = (lambda: ran.append("slow") or time.sleep(0.05)), (lambda: ran.append("quick"))
+    times = side_by_side({"slow": slow, "quick": quick}, budget=0.04)
+    assert times["slow"].calls == ran.count("slow") == 1
+    assert times["slow"].p50 >= 0.05
+    assert 3 <= times["quick"].calls == ran.count("quick") - 2  # untimed, and to choose the number
 
 
 def test_rows_survive_the_file_and_bad_ones_are_named(tmp_path):

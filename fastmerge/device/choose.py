@@ -24,7 +24,7 @@ READ = 7e9  # bytes/s and worker from a warm page cache: taken, a little below w
 # Bytes/s and worker, measured on AMD EPYC (docs/performance.md): merging a base and four bfloat16 models by a fused
 # element-wise rule, by random masks, by ranks, and through the high-pass filter.
 RATE = 5e9
-RATES = {"dare_linear": 2.1e9, "dare_ties": 2.1e9, "della": 0.28e9, "della_linear": 0.28e9, "fr": 1.6e9, "free": 1.6e9}
+RATES = {"dare_linear": 2.1e9, "dare_ties": 2.1e9, "della": 0.4e9, "della_linear": 0.4e9, "fr": 1.75e9, "free": 1.75e9}
 BUS = 64e9  # bytes/s of the fastest bus in common use: what a job must beat before the real one is measured
 STARTUP = 3.0  # s
 NAMES = "auto, cpu, cuda, cuda:0 or cuda:all"
