@@ -458,3 +458,12 @@ def test_exit_codes_of_the_real_program(models):
     assert bad.stderr == "error: there is no recipe 'none.yml'\n  what to do: check the path\n"
     good = subprocess.run([*program, "check", write(models)], capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["torch", "torch, triton"])  # Triton's bindings complain of objects that are frozen
+def test_a_command_ends_without_a_word(module):
+    code = f"from fastmerge._terminal import collecting_rarely\nwith collecting_rarely():\n    import {module}, gc\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "    assert gc.isenabled()"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
