@@ -1,11 +1,11 @@
 // fw_products: <g, s_k>, |s_k|^2 and |g|^2 of K candidates over any number of tensors, each byte read once.
 //
 // Story: a linear minimisation oracle reads K models; nothing may be read twice. A tile of the gradient is widened once
-// into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each,
-// while the same candidate's next tile comes into L2. Blocks of 65536 elements give one float32 sum per product; they
-// are added to float64 totals in index order. A candidate may be a place in a file: a block of it is read into a buffer
-// that stays in L2, so that memory sees each byte once, as a plain read of the file does, and the sums are those of the
-// tensor in memory, bit for bit.
+// into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each:
+// with AVX-512 four candidates side by side, elsewhere one, while its next tile comes into L2. Blocks of 65536 elements
+// give one float32 sum per product; they are added to float64 totals in index order. A candidate may be a place in a
+// file: a block of it is read into a buffer that stays in L2, so that memory sees each byte once, as a plain read of
+// the file does, and the sums are those of the tensor in memory, bit for bit.
 #include <array>
 #include <atomic>
 
@@ -13,6 +13,7 @@
 #include "common/export.h"
 #include "common/file_read.h"
 #include "common/parallel.h"
+#include "common/products_wide.h"
 
 namespace fastmerge {
 namespace {
@@ -30,6 +31,10 @@ struct Tensor {
 
 // What kept a candidate from being read: {error (an errno, -1 the file is too short, 0 nothing), tensor, candidate}.
 using Failure = std::array<std::int64_t, 3>;
+
+#ifdef FASTMERGE_AVX512
+bool wide(std::int64_t n) { return n % kLanes == 0 && has_avx512(); }
+#endif
 
 // Elements [at, at + n) of a candidate against the tile g; n is a multiple of the lanes unless it ends the tensor.
 template <class C, class T>
@@ -52,6 +57,16 @@ void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const
   fold(g, x, ceil_to_lanes(n), x, dot, square);
 }
 
+// How many candidates from k on go together: of one dtype, all with squares or all without; one where it is in a file.
+std::size_t together(const Tensor& t, std::size_t k, const std::vector<int>& norms) {
+  const std::size_t most = std::min(t.s.size(), k + (norms[k] ? kTogether / 2 : kTogether));
+  std::size_t end = k + 1;
+  while (end < most && t.s_types[end] == t.s_types[k] && t.file(k) < 0 && t.file(end) < 0 &&
+         (norms[end] != 0) == (norms[k] != 0))
+    ++end;
+  return end - k;
+}
+
 // Work memory of a thread.
 template <class C>
 struct Scratch {
@@ -71,18 +86,34 @@ std::pair<int, std::size_t> block(const Tensor& t, std::int64_t begin, std::int6
   std::array<const C*, kSumBlock / kBlock> g_tiles;
   scratch.lanes.assign(2 * count * kLanes, C(0));
   scratch.wide.resize(files ? kSumBlock : kBlock);
-  const auto fold_into = [&](std::size_t k, std::uintptr_t s, std::int64_t at, const C* g) {
+  // A tile of `n` candidates from k on, which go together.
+  const auto fold_into = [&](std::size_t k, std::size_t n, const std::uintptr_t* s, std::int64_t at, const C* g) {
+    const std::int64_t m = std::min(kBlock, end - at);
     C* dot = scratch.lanes.data() + 2 * k * kLanes;
-    fold_tile(t.s_types[k], s, at, std::min(kBlock, end - at), g, x_tile, dot, norms[k] ? dot + kLanes : nullptr);
+#ifdef FASTMERGE_AVX512
+    if constexpr (std::is_same_v<C, float>)
+      if (wide(m)) return add_products_wide(g, t.s_types[k], s, n, norms[k] != 0, at, m, dot);
+#endif
+    for (std::size_t i = 0; i < n; ++i, dot += 2 * kLanes)
+      fold_tile(t.s_types[k], s[i], at, m, g, x_tile, dot, norms[k] ? dot + kLanes : nullptr);
+  };
+  const auto load_gradient = [&](std::int64_t at, std::int64_t m, C* tile) {
+#ifdef FASTMERGE_AVX512
+    if constexpr (std::is_same_v<C, float>)
+      if (wide(m)) return load_wide(t.g_type, t.g, at, m, tile);
+#endif
+    return padded(load_block(t.g_type, t.g, at, m, tile), m, tile);
   };
   for (std::int64_t at = begin; at < end; at += kBlock) {
     C* tile = scratch.wide.data() + (files ? at - begin : 0);
     const std::int64_t m = std::min(kBlock, end - at);
-    const C* g = padded(load_block(t.g_type, t.g, at, m, tile), m, tile);
+    const C* g = load_gradient(at, m, tile);
     g_tiles[(at - begin) / kBlock] = g;
     add_products(g, g, ceil_to_lanes(m), pointer<const char>(t.g) + (at + kBlock) * size_of(t.g_type), g_lanes);
-    for (std::size_t k = 0; k < count; ++k)
-      if (t.file(k) < 0) fold_into(k, t.s[k], at, g);
+    for (std::size_t k = 0, n; k < count; k += n) {
+      n = together(t, k, norms);
+      if (t.file(k) < 0) fold_into(k, n, &t.s[k], at, g);
+    }
   }
   for (std::size_t k = 0; files && k < count; ++k) {
     if (t.file(k) < 0) continue;
@@ -91,7 +122,7 @@ std::pair<int, std::size_t> block(const Tensor& t, std::int64_t begin, std::int6
     if (const int error = read_file(t.file(k), t.s[k] + begin * size, (end - begin) * size, scratch.contents.data()))
       return {error, k};
     const auto s = reinterpret_cast<std::uintptr_t>(scratch.contents.data()) - begin * size;
-    for (std::int64_t at = begin; at < end; at += kBlock) fold_into(k, s, at, g_tiles[(at - begin) / kBlock]);
+    for (std::int64_t at = begin; at < end; at += kBlock) fold_into(k, 1, &s, at, g_tiles[(at - begin) / kBlock]);
   }
   for (std::size_t k = 0; k < count; ++k) {
     out[k] = add_lanes(scratch.lanes.data() + 2 * k * kLanes);

@@ -2,7 +2,7 @@ import pytest
 import torch
 from checks import check_op
 
-from fastmerge.ops import fw_step
+from fastmerge.ops import fw_products, fw_step
 
 
 def test_backends_agree_with_the_reference():
@@ -42,3 +42,18 @@ def test_bad_input_changes_nothing(backend):
     with pytest.raises(ValueError, match="2 entries for 1"):
         fw_step([theta], [torch.ones(2)], [0.1, 0.2], backend=backend)
     assert theta.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("vertex", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_do_not_change_the_step(vertex):
+    generator = torch.Generator().manual_seed(0)
+    theta, g = torch.randn(2, 2048 + 65, generator=generator)
+    s = torch.randn(2048 + 65, generator=generator).to(vertex)
+    alone, beside, reference = theta.clone(), theta.clone(), theta.clone()
+    fw_step([alone], [s], 0.3, backend="cpu")
+    got = fw_step([beside], [s], 0.3, gradients=[g], backend="cpu")
+    fw_step([reference], [s], 0.3, backend="reference")
+    assert torch.equal(alone, reference)
+    assert torch.equal(beside, reference)
+    products = fw_products(g, [s.float() - theta], backend="cpu")
+    assert got.tolist() == [[products.dots.item(), products.sqnorms.item()]]
