@@ -55,7 +55,7 @@ def side_by_side(
     """Time each call in turn, A B C A B C, for about `budget` seconds each, at most 50 rounds.
 
     A machine that drifts then slows all of them alike, and their ratios hold. One untimed call each goes first, and at
-    least 3 are timed; a call that takes longer than the budget by itself is timed once, first or not. With a `runtime` the calls run on its device and are timed as benchmarks/gpu.py says, `rotated` giving the calls of a graph.
+    least 3 are timed, but of a call that takes longer than the budget by itself only one. With a `runtime` the calls run on its device and are timed as benchmarks/gpu.py says, `rotated` giving the calls of a graph.
     """
     once: dict[str, Callable[[], float]] = {}
     how = dict.fromkeys(calls, "clock")
@@ -64,10 +64,8 @@ def side_by_side(
         if reset is not None:
             reset()
         if runtime is None:
+            call()
             once[name] = functools.partial(_once, call)
-            cost[name] = once[name]()
-            if cost[name] > budget:
-                continue
         else:
             plan = gpu.plan(runtime, call, (rotated or {}).get(name) if reset is None else None)
             once[name], how[name] = functools.partial(plan.once, runtime), plan.how

@@ -191,7 +191,7 @@ def test_a_call_slower_than_the_budget_is_timed_once():
     ran = []
     slow, quick = (lambda: ran.append("slow") or time.sleep(0.05)), (lambda: ran.append("quick"))
     times = side_by_side({"slow": slow, "quick": quick}, budget=0.04)
-    assert times["slow"].calls == ran.count("slow") == 1
+    assert times["slow"].calls == ran.count("slow") - 1 == 1  # untimed: what is set up once does not count
     assert times["slow"].p50 >= 0.05
     assert 3 <= times["quick"].calls == ran.count("quick") - 2  # untimed, and to choose the number
 

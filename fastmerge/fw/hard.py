@@ -337,7 +337,7 @@ class _Search:
         if relative:
             column = {n: i for i, n in enumerate(products.names)}
             at = [(k, column[n]) for n, k in self.picks.items()]
-            table = torch.tensor([[-float(products.dots[c]), float(products.squares[c])] for c in at])
+            table = torch.stack([torch.stack([-products.dots[c], products.squares[c]]) for c in at])
         else:
             table = self.maker.direction(self.problem, self.picks, found)
         if granularity == "model":

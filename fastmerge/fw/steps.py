@@ -13,6 +13,7 @@ from ..errors import BadInput
 
 RULES = ("harmonic", "constant", "line_search", "short")
 SEARCHING = ("line_search", "short")
+_DOUBLINGS = 60  # of L, at most: a loss of 0 shows every decrease
 _SHOWS = 1e-7  # a promised decrease below this share of the loss is lost in float32's rounding
 
 
@@ -80,12 +81,13 @@ class ShortStep:
         assert start is not None
         # At first: one full step for all blocks is the largest that could be right.
         smooth = self.estimate / 2 or sum(compress(gaps, moving)) / sum(compress(squares, moving))
-        while True:
+        for _ in range(_DOUBLINGS):
             tried = gammas(smooth)
             decrease = sum(y * g - y * y * smooth * q / 2 for y, g, q in zip(tried, gaps, squares, strict=True))
             if loss(tried) <= start - decrease:
                 self.estimate = smooth
                 return tried
-            if decrease <= _SHOWS * abs(start):  # the gradient does not describe the loss at any scale: stay
-                return [0.0] * len(moving)
+            if not decrease > _SHOWS * abs(start):  # nothing to see at this scale and below; so too for a NaN
+                break
             smooth *= 2
+        return [0.0] * len(moving)  # the gradient does not describe the loss at any scale: stay

@@ -48,6 +48,20 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def require_family(op_name: str, base: Tensor, models: Sequence[Tensor]) -> None:
+    """Raises unless there is a base and at least one model, float tensors of one shape."""
+    if not models:
+        raise ValueError(f"{op_name}: models is empty")
+    require_float(op_name, base=base)
+    require_like(op_name, base, models)
+
+
+def float_deltas(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+    """modelᵢ − base in float32, or float64 when an input is."""
+    wide = compute_dtype(base, *models)
+    return [m.to(wide) - base.to(wide) for m in models]
+
+
 def result_like(op: str, like: Tensor, dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
     """The tensor a kernel fills: `out` when given (checked), else a new contiguous one of like's shape."""
     if out is None:

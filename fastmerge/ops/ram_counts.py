@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import op
+from ._checks import float_deltas, require_family
 from .gram_blocks import BLOCK
-from .sce_variance import family_case, float_deltas, require_family, special_case
+from .sce_variance import family_case, special_case
 from .threshold import native_arrays
 
 

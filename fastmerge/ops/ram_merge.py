@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import op
-from ._checks import compute_dtype, per_model, result_like
+from ._checks import compute_dtype, float_deltas, per_model, result_like
 from .ram_counts import changed_by, check_epsilon
-from .sce_variance import family_case, float_deltas, special_case
+from .sce_variance import family_case, special_case
 from .threshold import native_arrays
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import op
+from ._checks import float_deltas, require_family
 from .gram_blocks import BLOCK, LANES
-from .sce_variance import family_case, float_deltas, require_family, special_case, variance_of
+from .sce_variance import family_case, special_case, variance_of
 from .threshold import KEEP_NONE, Threshold, kept, native_arrays
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import op
-from ._checks import compute_dtype, per_model, result_like
+from ._checks import compute_dtype, float_deltas, per_model, require_family, result_like
 from .sce_energy import median_rule, native_rule
-from .sce_variance import family_case, float_deltas, require_family, special_case, variance_of
+from .sce_variance import family_case, special_case, variance_of
 from .threshold import KEEP_NONE, Threshold, kept, native_arrays
 
 

@@ -9,22 +9,8 @@ from torch import Tensor
 
 from .. import _native
 from .._dispatch import op
-from ._checks import compute_dtype, require_float, require_like
+from ._checks import compute_dtype, float_deltas, require_family
 from .threshold import native_arrays
-
-
-def require_family(op_name: str, base: Tensor, models: Sequence[Tensor]) -> None:
-    """The checks that SCE's operators share: a base, at least one model, float tensors of one shape."""
-    if not models:
-        raise ValueError(f"{op_name}: models is empty")
-    require_float(op_name, base=base)
-    require_like(op_name, base, models)
-
-
-def float_deltas(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
-    """modelᵢ − base in float32, or float64 when an input is."""
-    wide = compute_dtype(base, *models)
-    return [m.to(wide) - base.to(wide) for m in models]
 
 
 def variance_of(deltas: Sequence[Tensor]) -> Tensor:

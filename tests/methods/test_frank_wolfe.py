@@ -15,6 +15,7 @@ from fastmerge.fw import hard
 from fastmerge.fw.choice import choose
 from fastmerge.fw.oracle import PIECE
 from fastmerge.fw.problem import opened_problem
+from fastmerge.fw.steps import ShortStep
 from fastmerge.ops import fw_lmo
 
 SHAPES = {"encoder.weight": (7, 5), "encoder.bias": (7,), "head.weight": (3, 7)}
@@ -492,3 +493,14 @@ def test_any_registered_method_is_an_inner_merge():
         np.testing.assert_allclose(got.state_dict[n].numpy(), theta[n], rtol=2e-6, atol=2e-6)
     assert got.coefficients == {}
     assert got.trace.settings["inner_parameters"] == normalized
+
+
+@pytest.mark.parametrize(
+    ("start", "there"), [(float("nan"), float("nan")), (1.0, float("nan")), (0.0, 1.0), (2.0, 3.0)]
+)
+def test_a_short_step_gives_up_where_no_loss_is_lower(start, there):
+    asked = []
+    rule = ShortStep(None, lambda state: 0.0)
+    assert rule([1.0, -1.0], [2.0, 2.0], start, lambda gammas: asked.append(gammas) or there) == [0.0, 0.0]
+    assert 1 <= len(asked) <= 60
+    assert all(g[0] > 0 == g[1] for g in asked)

@@ -72,7 +72,8 @@ def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
     x = torch.cat([x, x + float("inf")])
     out = torch.full_like(x, float("nan"))
     with memory_guard(x, out) as guard:
-        kernel([x], out, spectral_mask(height, width, cutoff, "radial", False), which="staged")
+        mask = spectral_mask(height, width, cutoff, "radial", False)
+        kernel([x], out, mask, which="staged")
     rows, columns = ("long_" if n in short or n > 1024 else "" for n in (width, height))
     assert guard.launches == [f"{rows}rows_forward_kernel", f"{columns}columns_kernel", f"{rows}rows_back_kernel"]
     want = highpass_filter(x[0].double(), cutoff, backend="reference").float()
@@ -80,6 +81,8 @@ def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
         1.0, float(x[0].square().mean().sqrt() / want.square().mean().sqrt())
     )
     assert out[1].isnan().all()
+    keeps = stages_module.shape(height, width, int(mask.columns[-1])).keep
+    assert guard.touched(x) == (1 if keeps else 2) * x.numel()
     assert guard.touched(out) == out.numel()
 
 
