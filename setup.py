@@ -52,15 +52,16 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         # CMake remembers what it found: other tools or flags than last time need a fresh look, and compile everything.
         variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAARCHS", "CUDAHOSTCXX")
-        found = [configure, {v: os.environ.get(v) for v in variables}, shutil.which("c++"), shutil.which("nvcc")]
+        tools = [shutil.which("c++"), shutil.which("nvcc")]
+        found = json.dumps([configure, {v: os.environ.get(v) for v in variables}, tools])
         seen = work / "configured.json"
-        same = seen.exists() and seen.read_text() == json.dumps(found)
+        same = seen.exists() and seen.read_text() == found
         seen.unlink(missing_ok=True)
         if ninja := shutil.which("ninja"):  # of this environment, not the one that CMake remembers
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         try:
             subprocess.run(configure + ["--fresh"] * (not same), check=True)
-            seen.write_text(json.dumps(found))
+            seen.write_text(found)
             subprocess.run(["cmake", "--build", str(work), "--target", "_C"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
