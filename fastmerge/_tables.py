@@ -98,6 +98,15 @@ def plan(recipe: Recipe, report: Report, out: Path | None) -> None:
         console.print(f"note: {note}", markup=False)
 
 
+def _cosines(found: dict[str, Any]) -> None:
+    """Lengths of the models' deltas and the cosines between them."""
+    count = len(found["names"])
+    table = _table("", "length", *(str(i + 1) for i in range(count)), title=f"cosines between the {found['of']}")
+    for i, (name, length, row) in enumerate(zip(found["names"], found["lengths"], found["matrix"], strict=True)):
+        table.add_row(f"{i + 1} {escape(name)}", _text(length), *("-" if c is None else f"{c:.3f}" for c in row))
+    _console().print(table)
+
+
 def summary(report: Report) -> None:
     """What a finished merge did, in a few lines."""
     moved = report.bytes_read + report.bytes_written
@@ -113,6 +122,8 @@ def summary(report: Report) -> None:
         **{path: gigabytes(size) for path, size in report.files.items()},
     }
     _console().print(_rows("merged", rows))
+    if report.cosines is not None and len(report.cosines["names"]) > 1:
+        _cosines(report.cosines)
     for name, count in report.nonfinite.items():
         _console().print(f"warning: {count} NaN or Inf values in {name}", markup=False)
     for note in report.notes:

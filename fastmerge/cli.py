@@ -57,6 +57,7 @@ Threads = Annotated[int | None, typer.Option("--threads", "-j", min=1, help="Wor
 MaxMemory = Annotated[str | None, typer.Option(metavar="SIZE", help="Bound on buffers: 4G, 900M. [default: small]")]
 Pickles = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin/.pt files (weights only).")]
 IgnoreExtra = Annotated[bool, typer.Option("--ignore-extra", help="Leave out tensors the base does not have.")]
+Cosines = Annotated[bool, typer.Option("--cosines", help="Report how alike the models are; reads them once more.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish an interrupted merge; same bytes as without a break.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT, or start an interrupted merge over.")]
 Nan = Annotated[NanPolicy, typer.Option("--nan", help="What NaN or Inf in an input does.")]
@@ -91,6 +92,7 @@ def merge(
     nan: Nan = NanPolicy.error,
     allow_pickle: Pickles = False,
     ignore_extra: IgnoreExtra = False,
+    cosines: Cosines = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -99,7 +101,7 @@ def merge(
     options = {
         "resume": resume, "force": force, "device": device, "threads": threads, "nan": nan.value,
         "max_memory": parse_size(max_memory), "max_vram": parse_size(max_vram), "allow_pickle": allow_pickle,
-        "max_shard_bytes": parse_size(shard_size), "ignore_extra": ignore_extra,
+        "max_shard_bytes": parse_size(shard_size), "ignore_extra": ignore_extra, "cosines": cosines,
     }  # fmt: skip
     with failing_politely(debug=debug, json=json):
         _merge(recipe, out, options, dry_run=dry_run, json=json, quiet=quiet)

@@ -91,6 +91,7 @@ def run(
     nan: str = "error",
     allow_pickle: bool = False,
     ignore_extra: bool = False,
+    cosines: bool = False,
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> Report:
@@ -107,6 +108,9 @@ def run(
         threads: workers; default: the CPUs this process may use.
         nan: what NaN or Inf in an input does: "error" | "warn" (counted in the report) | "allow" (not looked for).
         ignore_extra: leave out tensors the base does not have.
+        cosines: find the lengths of the models' deltas and the cosines between them, at the cost of one more read of the
+            inputs, for every method; methods that need these numbers (slerp, nuslerp, multislerp, karcher, model_stock)
+            report them anyway, of the models themselves where the method knows no base.
         progress: called as progress(bytes_done, bytes_total, phase).
         dry_run: return the plan as a Report without writing; `out` may then be None.
 
@@ -124,7 +128,7 @@ def run(
         report: Report = method.job_pass(
             recipe, where, device=device, resume=resume, force=force, max_memory=max_memory, max_vram=max_vram,
             max_shard_bytes=max_shard_bytes, threads=threads, nan=nan, allow_pickle=allow_pickle,
-            ignore_extra=ignore_extra, progress=progress, dry_run=dry_run,
+            ignore_extra=ignore_extra, cosines=cosines, progress=progress, dry_run=dry_run,
         )  # fmt: skip
         return report
     if method.needs_data:
@@ -148,6 +152,7 @@ def run(
             nan=nan,
             max_memory=max_memory,
             ignore_extra=ignore_extra,
+            cosines=cosines,
         )
         choice = job.choose(device)
         budgets = job.budgets(choice, max_vram, max_memory)
@@ -333,6 +338,9 @@ def _finish_report(
     report.bytes_read = files.bytes_read
     report.bytes_written = writer.bytes_written + sum(report.files.values())
     report.backends, report.nonfinite = dict(backends), dict(job.nonfinite)
+    report.cosines = job.cosines.report(t.name for t in job.planned)
+    if report.cosines is not None and (resumed := sum(t.how == "resumed" for t in report.tensors)):
+        report.notes.append(f"cosines leave out {resumed} tensors that an earlier run had merged")
 
 
 def _small_files(job: Job, report: Report) -> dict[str, bytes]:

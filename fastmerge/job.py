@@ -20,8 +20,10 @@ from .errors import BadInput
 from .io.checkpoint import Checkpoint
 from .io.pipeline import Files, Pool, Stream, chunk_elements
 from .methods import Context, Header, Method
+from .methods._gram import stream_gram
 from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all
 from .recipe import Recipe
+from .similarity import Cosines
 
 NAN_POLICIES = ("error", "warn", "allow")
 
@@ -42,6 +44,7 @@ class Job:
         nan: str = "error",
         max_memory: int | None = None,
         ignore_extra: bool = False,
+        cosines: bool = False,
     ) -> None:
         if nan not in NAN_POLICIES:
             raise BadInput(f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}")
@@ -49,6 +52,8 @@ class Job:
         self.pool, self.files, self.nan = pool, files, nan
         self.nonfinite: dict[str, int] = {}
         self._lock = threading.Lock()
+        self.cosines = Cosines([str(ref) for ref in recipe.inputs])
+        self._all_cosines = cosines  # of tensors for which the method needs no Gram matrix, too
         self.planned: list[Planned] = []
         problems = check_names(template, models, sliced=recipe.compiled.sliced, ignore_extra=ignore_extra)
         if not problems:
@@ -73,7 +78,7 @@ class Job:
                 f"--max-memory {max_memory} is too small: {method.name} needs {self.memory_bytes} bytes for these tensors",
                 remedy="allow more memory",
             )
-        passes = 1 + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
+        passes = 1 + cosines + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
         self.input_bytes = sum(t.input_bytes for t in merged)
         # an upper bound: a fit pass reads nothing for parameters that need no fit
         self.read_bytes = passes * self.input_bytes
@@ -216,6 +221,10 @@ class Job:
         else:
             base, models = stream.whole()
             stream.emit(method(base, models, context, parameters))
+        if self._all_cosines and stream.gram is None:
+            stream_gram(stream, deltas=stream.has_base)
+        if stream.gram is not None:
+            self.cosines.add(tensor.name, tensor.plan.models, **stream.gram)
 
 
 def _header(t: Planned) -> Header:

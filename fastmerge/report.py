@@ -50,6 +50,7 @@ class Report:
     backends: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    cosines: dict[str, Any] | None = None  # between the models' deltas: similarity.Cosines.report
     files: dict[str, int] = field(default_factory=dict)  # what the method wrote beside the model: path -> bytes
     notes: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)

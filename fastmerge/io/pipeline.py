@@ -212,6 +212,7 @@ class Stream:
         self.config: Mapping[str, Any] = models[0].checkpoint.config()
         self.pool, self._chunk, self._put, self._place, self._inspect = pool, chunk, put, place, inspect
         self._inspected = False
+        self.gram: dict[str, Any] | None = None  # keep_gram's arguments
         inputs = ([base] if base else []) + self.models
         self.compute = torch.float64 if any(s.dtype == torch.float64 for s in inputs) else torch.float32
         self.resident = all(s.tensor is not None for s in inputs)
@@ -347,6 +348,10 @@ class Stream:
     def put(self, offset: int, values: Tensor) -> None:
         """Store a flat chunk of the result, cast to the output dtype."""
         self._put(offset, values if values.dtype == self.out_dtype else values.to(self.out_dtype))
+
+    def keep_gram(self, gram: list[list[float]], *, deltas: bool, base_first: bool) -> None:
+        """Inner products of the deltas, or of the models with the base before them or without it: for the report."""
+        self.gram = {"gram": gram, "deltas": deltas, "base_first": base_first}
 
     def emit(self, result: Tensor, *, add_base: bool = False) -> None:
         """Store the whole result; with add_base, base + result in float32 (float64 if one of them is), rounded once."""

@@ -32,6 +32,7 @@ def stream_gram(tensor: TensorStream, *, deltas: bool, base_first: bool = False)
 
     tensor.for_each(visit)
     matrix: list[list[float]] = total(sums, count).tolist()
+    tensor.keep_gram(matrix, deltas=deltas, base_first=base_first)
     return matrix
 
 

@@ -210,6 +210,10 @@ class TensorStream(Protocol):
         """Store a flat chunk of the result, cast to the output dtype."""
         ...
 
+    def keep_gram(self, gram: list[list[float]], *, deltas: bool, base_first: bool) -> None:
+        """Inner products of the deltas, or of the models with the base before them or without it: for the report."""
+        ...
+
     def emit(self, result: Tensor, *, add_base: bool = False) -> None:
         """Store the result (the tensor's shape, any float dtype); with add_base, base + result."""
         ...

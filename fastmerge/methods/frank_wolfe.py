@@ -93,7 +93,12 @@ def frank_wolfe_soft(
 
 @frank_wolfe.run_job
 @frank_wolfe_soft.run_job
-def _run(recipe: Any, out: Any, **options: Any) -> Any:
+def _run(recipe: Any, out: Any, *, cosines: bool, **options: Any) -> Any:
     from ..fw.recipes import run_recipe
 
+    if cosines:
+        raise BadInput(
+            f"{recipe.merge_method} does not report cosines: it never holds two candidates at once",
+            remedy="leave --cosines out; `fastmerge merge --cosines` with task_arithmetic on the same models shows them",
+        )
     return run_recipe(recipe, out, **options)
