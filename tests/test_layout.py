@@ -20,7 +20,8 @@ OPS = {name: value for name in fastmerge.ops.__all__ if isinstance(value := geta
 # fw_lmo is arithmetic on K·L numbers; its kernel is that of fw_products. pearson's is torch's GEMM.
 KERNEL_ELSEWHERE = {"fw_lmo": "csrc/ops/fw_products.cpp", "pearson": "fastmerge/ops/pearson.py"}
 KERNEL_ELSEWHERE |= dict.fromkeys(("sce_energy", "sce_variance"), "csrc/ops/sce_merge.cpp")
-KERNEL_ELSEWHERE["ram_counts"] = "csrc/ops/ram_merge.cpp"
+KERNEL_ELSEWHERE |= dict.fromkeys(("arcee_divergence", "arcee_importance"), "csrc/ops/arcee_merge.cpp")
+KERNEL_ELSEWHERE |= {"line_gram": "csrc/ops/line_merge.cpp", "ram_counts": "csrc/ops/ram_merge.cpp"}
 
 
 def test_every_operator_module_is_in_the_table_of_contents():

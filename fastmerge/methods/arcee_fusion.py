@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._gram import row_sums
+from .. import ops
 from ._method import Context, Models, TensorStream, Weight, method
 from ._scores import order_statistics
 
@@ -29,50 +28,35 @@ def arcee_fusion(base: Weight, models: Models, *, context: Context) -> Weight:
     mergekit takes the quantiles of a random million of larger tensors; here they are exact, so results repeat.
     """
     found: Importance = context.state
-    wide = torch.float64 if torch.float64 in (base.dtype, models[0].dtype) else torch.float32
-    delta = models[0].to(wide) - base.to(wide)
-    kept = _importance(delta, found.divergence, context.offset, _row(context.shape)) >= found.threshold
-    return base.to(wide) + torch.where(kept, delta, 0.0)
+    row = context.shape[-1] if context.shape else 1
+    out: Tensor = ops.arcee_merge(
+        base, models[0], found.divergence, found.threshold,
+        row=row, offset=context.offset, dtype=context.dtype, out=context.out,
+    )  # fmt: skip
+    return out
 
 
 @arcee_fusion.scan
 def _(tensor: TensorStream, plan: Any) -> Importance:
     if tensor.numel == 0:
-        return Importance(torch.zeros(1), 0.0)
-    row = _row(tensor.shape)
-    divergence: list[Tensor] = [torch.empty(0)] * (tensor.numel // row)
+        return Importance(torch.zeros(1, dtype=tensor.compute), 0.0)
+    row = tensor.shape[-1] if tensor.shape else 1
+    divergence = torch.empty(tensor.numel // row, dtype=tensor.compute)
 
     def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         assert base is not None
-        # In float64: the terms of a fine-tune's divergence are a thousand times their sum, which float32 would blur.
-        rows = _divergence(base.reshape(-1, row).double(), models[0].reshape(-1, row).double()).to(tensor.compute)
-        divergence[offset // row : offset // row + len(rows)] = rows.unbind()
+        rows = ops.arcee_divergence(base.reshape(-1, row), models[0].reshape(-1, row))
+        divergence[offset // row : offset // row + len(rows)] = rows
 
-    tensor.for_each(visit, align=row)
-    rows = torch.stack(divergence)
+    tensor.for_each(visit, align=row, block=1)
 
     def score(offset: int, base: Tensor | None, models: list[Tensor]) -> Tensor:
         assert base is not None
-        delta = models[0].reshape(-1).to(tensor.compute) - base.reshape(-1).to(tensor.compute)
-        return _importance(delta, rows, offset, row)
+        scores: Tensor = ops.arcee_importance(
+            base.reshape(-1), models[0].reshape(-1), divergence, row=row, offset=offset
+        )
+        return scores
 
     places = [int(q * (tensor.numel - 1)) for q in (0.25, 0.5, 0.75)]
     first, median, third = order_statistics(tensor, score, places)
-    return Importance(rows, median + 1.5 * (third - first))
-
-
-def _row(shape: Sequence[int]) -> int:
-    return shape[-1] if len(shape) else 1
-
-
-def _divergence(base: Tensor, other: Tensor) -> Tensor:
-    p, q = other.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
-    return row_sums(p * (p / q).log())
-
-
-def _importance(delta: Tensor, divergence: Tensor, offset: int, row: int) -> Tensor:
-    """|δ| times its row's divergence, for flat elements from `offset` on."""
-    flat = delta.reshape(-1)
-    first, last = offset // row, -(-(offset + flat.numel()) // row)
-    spread = divergence[first:last].to(flat.device).repeat_interleave(row)[offset - first * row :][: flat.numel()]
-    return (flat.abs() * spread).view(delta.shape)
+    return Importance(divergence, median + 1.5 * (third - first))

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import ops
-from ._gram import model_stock_ratio, row_sums, stream_gram
+from ..ops.gram_blocks import pairs
+from ._gram import model_stock_ratio, stream_gram
+from ._lines import merge_rows
 from ._method import Context, TensorStream, method
 
 
@@ -22,20 +25,18 @@ def model_stock(tensor: TensorStream, *, filter_wise: bool = False, context: Con
             )
         )
         return
-    base, models = tensor.whole()
-    assert base is not None
-    wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
-    deltas = [m.to(wide) - base.to(wide) for m in models]
-    cosine = torch.zeros(())
-    for i, a in enumerate(deltas):
-        for b in deltas[i + 1 :]:
-            length = (row_sums(a * a).sqrt() * row_sums(b * b).sqrt()).clamp(min=1e-6)
-            cosine = cosine + (row_sums(a * b) / length).clamp(-1, 1)[..., None]
-    count = len(deltas)
+    merge_rows(tensor, lambda products: _filters(products, tensor.count), context.dtype)
+
+
+def _filters(products: Tensor, count: int) -> Tensor:
+    """The weights [K, rows], all the same within a row, from the products of each."""
+    place = {pair: p for p, pair in enumerate(pairs(count))}
+    length = [products[:, place[i, i]].sqrt() for i in range(count)]
+    cosine = torch.zeros_like(length[0])
+    for i in range(count):
+        for j in range(i + 1, count):
+            cosine = cosine + (products[:, place[i, j]] / (length[i] * length[j]).clamp(min=1e-6)).clamp(-1, 1)
     cosine = cosine / (count * (count - 1) / 2)
     divisor = 1 + (count - 1) * cosine
-    ratio_of_row = torch.where(divisor.abs() <= 1e-6, 0.0, count * cosine / divisor)
-    average = deltas[0]
-    for d in deltas[1:]:
-        average = average + d
-    tensor.emit(ratio_of_row * (average / count), add_base=True)
+    ratio = torch.where(divisor.abs() <= 1e-6, 0.0, count * cosine / divisor)
+    return (ratio / count).expand(count, -1)

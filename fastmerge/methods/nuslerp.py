@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._gram import nuslerp_coefficients, row_sums, stream_gram
+from ._gram import nuslerp_coefficients, stream_gram
+from ._lines import merge_columns, merge_rows
 from ._method import Context, Header, PerModel, TensorStream, method
 
 
@@ -34,14 +35,13 @@ def nuslerp(
             lambda offset, base, models, out: ops.weighted_sum(base, models, coefficients, dtype=context.dtype, out=out)
         )
         return
-    base, models = tensor.whole()
-    wide = torch.float64 if any(m.dtype == torch.float64 for m in models) else torch.float32
-    a, b = (m.to(wide) if base is None else m.to(wide) - base.to(wide) for m in models)
-    tensor.emit(_along(a, b, t, 0 if nuslerp_row_wise else -1), add_base=base is not None)
+    merge = merge_columns if nuslerp_row_wise else merge_rows
+    merge(tensor, lambda products: _along(products, t), context.dtype)
 
 
-def _along(a: Tensor, b: Tensor, t: float, axis: int) -> Tensor:
-    aa, bb, ab = (row_sums((x * y).movedim(axis, -1)).unsqueeze(axis) for x, y in ((a, a), (b, b), (a, b)))
+def _along(products: Tensor, t: float) -> Tensor:
+    """The weights [2, lines] from the products (aa, ab, bb) of each line."""
+    aa, ab, bb = products.unbind(1)
     length = aa.sqrt() * bb.sqrt()
     cos = torch.where(length > 0, ab / length, 1.0).clamp(-1, 1)
     phi = cos.acos()
@@ -49,11 +49,15 @@ def _along(a: Tensor, b: Tensor, t: float, axis: int) -> Tensor:
     sin = torch.where(colinear, 1.0, phi.sin())
     first = torch.where(colinear, 1 - t, ((1 - t) * phi).sin() / sin)
     second = torch.where(colinear, t, (t * phi).sin() / sin)
-    return first * a + second * b
+    return torch.stack([first, second])
 
 
 @nuslerp.memory
 def _memory(tensors: Sequence[Header]) -> int:
-    """Along rows or columns: whole tensors in float32, both models, two shares and the result."""
-    axes = (t for t in tensors if not t.parameters["nuslerp_flatten"] and len(t.shape) >= 2)
-    return 20 * max((math.prod(t.shape) for t in axes), default=0)
+    """Along the first axis: three products and two shares for each column, a few at once."""
+    columns = (
+        math.prod(t.shape[1:])
+        for t in tensors
+        if t.parameters["nuslerp_row_wise"] and not t.parameters["nuslerp_flatten"] and len(t.shape) >= 2
+    )
+    return 200 * max(columns, default=0)

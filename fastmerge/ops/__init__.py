@@ -1,6 +1,9 @@
 """The operators: tensor arithmetic that knows nothing of models. One line each; see the modules for the law."""
 
 from .abs_sum import abs_sum
+from .arcee_divergence import arcee_divergence
+from .arcee_importance import arcee_importance
+from .arcee_merge import arcee_merge
 from .consensus_merge import consensus_merge
 from .expert_gather import expert_gather
 from .expert_scatter import expert_scatter
@@ -9,6 +12,8 @@ from .fw_products import fw_products
 from .fw_step import fw_step
 from .gram_blocks import gram, gram_blocks
 from .highpass_filter import highpass_filter
+from .line_gram import line_gram
+from .line_merge import line_merge
 from .nearswap import nearswap
 from .pearson import pearson
 from .permute import permute
@@ -33,6 +38,9 @@ __all__ = [
     "Window",
     "ZipMatch",
     "abs_sum",
+    "arcee_divergence",
+    "arcee_importance",
+    "arcee_merge",
     "consensus_merge",
     "expert_gather",
     "expert_scatter",
@@ -42,6 +50,8 @@ __all__ = [
     "gram",
     "gram_blocks",
     "highpass_filter",
+    "line_gram",
+    "line_merge",
     "nearswap",
     "pearson",
     "permute",

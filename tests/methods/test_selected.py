@@ -102,7 +102,11 @@ IN_PIECES = {
     "ram": {"epsilon": 0.05},
     "ramplus_tl": {"epsilon": 0.05, "alpha": 2.0},
     "arcee_fusion": {},
+    "nuslerp, along rows": {"weight": [0.3, 0.7], "nuslerp_flatten": False},
+    "nuslerp, along columns": {"weight": [0.3, 0.7], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "model_stock, by filter": {"filter_wise": True},
 }
+COUNT = {"arcee_fusion": 1, "nuslerp": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +121,8 @@ def test_pieces_give_the_bits_of_the_whole(case, dtype, tmp_path):
         }
         for _ in range(3)
     ]
-    method, count = case.partition(",")[0], 1 if case == "arcee_fusion" else 3
+    method = case.partition(",")[0]
+    count = COUNT.get(method, 3)
     states = [{k: v.to(dtype) for k, v in s.items()} for s in (base, *moved[:count])]
     paths = [save(tmp_path / str(i), s) for i, s in enumerate(states)]
     whole = fm.merge(method, states[0], states[1:], **IN_PIECES[case])
