@@ -24,8 +24,9 @@ from .device import Budget, Choice, Fleet, Stage
 from .device.choose import parse as parse_device
 from .errors import BadInput, Interrupted
 from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.files import Files
 from .io.journal import fingerprint
-from .io.pipeline import Files, Pool, opened
+from .io.pipeline import Pool, opened
 from .io.probe import io_seconds
 from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
 from .job import Job

@@ -18,7 +18,8 @@ from .device import Budget, Choice, DeviceStream, Stage, choose, make_budget
 from .device.choose import Work
 from .errors import BadInput
 from .io.checkpoint import Checkpoint
-from .io.pipeline import Files, Pool, Stream, chunk_elements
+from .io.files import Files
+from .io.pipeline import Pool, Stream, chunk_elements
 from .methods import Context, Header, Method
 from .methods._gram import stream_gram
 from .preflight import Planned, check_equal, check_names, plan_tensors, raise_all

@@ -10,7 +10,8 @@ import torch
 
 from .errors import BadInput
 from .io.checkpoint import Checkpoint
-from .io.pipeline import Files, Source
+from .io.files import Files
+from .io.pipeline import Source
 
 if TYPE_CHECKING:
     from .recipe import Recipe, TensorPlan
@@ -179,7 +180,7 @@ def _bytes(source: Source, begin: int, end: int) -> torch.Tensor:
         return source.tensor.reshape(-1)[begin:end].contiguous().view(torch.uint8)
     assert source.entry is not None
     into = torch.empty(end - begin, dtype=source.dtype)
-    source.files.load(source.entry, begin, end, into)
+    source.files.load([(source.entry, begin, end, into)])
     return into.view(torch.uint8)
 
 

@@ -19,7 +19,6 @@ second time they are in the page cache again, in `read` too.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shutil
 import statistics
@@ -35,7 +34,8 @@ from torch import Tensor
 
 import fastmerge as fm
 from fastmerge.io.checkpoint import open_checkpoint
-from fastmerge.io.pipeline import CHUNK, Buffers, Files, Pool
+from fastmerge.io.files import Files
+from fastmerge.io.pipeline import CHUNK, Buffers, Pool, Source
 from fastmerge.job import Job
 from fastmerge.recipe import Recipe
 
@@ -56,12 +56,19 @@ def still(job: Job) -> None:
         held[source.checkpoint.label] = piece.repeat(1 + -(-(PATTERN + CHUNK) // piece.numel()))
     for t in job.planned:
         for source in [*t.models, *([t.base] if t.base is not None else [])]:
-            source.read = functools.partial(_piece, held[source.checkpoint.label])  # type: ignore[method-assign]
+            _replace(source, held[source.checkpoint.label])
 
 
-def _piece(pattern: Tensor, begin: int, end: int, *_: object) -> Tensor:
-    start = begin % PATTERN
-    return pattern[start : start + end - begin]
+def _replace(source: Source, pattern: Tensor) -> None:
+    def read(begin: int, end: int, *_: object) -> Tensor:
+        start = begin % PATTERN
+        return pattern[start : start + end - begin]
+
+    def spans(starts: Sequence[int], length: int, *_: object) -> Tensor:
+        return torch.cat([read(start, start + length) for start in starts])
+
+    source.entry = None  # nothing to load
+    source.read, source.spans = read, spans  # type: ignore[method-assign]
 
 
 def files_of(folders: Iterable[Path]) -> list[Path]:

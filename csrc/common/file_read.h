@@ -13,6 +13,18 @@ namespace fastmerge {
 constexpr std::int64_t kAhead = 8 << 20;  // bytes
 
 // Fills `to` with `bytes` bytes from `position` of a file; 0, an errno, or -1 when the file ends before.
+inline int read_whole(int fd, std::int64_t position, std::int64_t bytes, void* to) {
+  auto* out = static_cast<char*>(to);
+  for (std::int64_t done = 0; done < bytes;) {
+    const ssize_t got = pread(fd, out + done, bytes - done, position + done);
+    if (got == 0) return -1;
+    if (got < 0 && errno != EINTR) return errno;
+    if (got > 0) done += got;
+  }
+  return 0;
+}
+
+// The same for a piece of a file that is read from front to back.
 inline int read_file(int fd, std::int64_t position, std::int64_t bytes, void* to) {
   auto* out = static_cast<char*>(to);
   std::int64_t done = 0;
@@ -25,13 +37,7 @@ inline int read_file(int fd, std::int64_t position, std::int64_t bytes, void* to
   }
   if (done < bytes) posix_fadvise(fd, position + done, kAhead, POSIX_FADV_WILLNEED);
 #endif
-  while (done < bytes) {
-    const ssize_t got = pread(fd, out + done, bytes - done, position + done);
-    if (got == 0) return -1;
-    if (got < 0 && errno != EINTR) return errno;
-    if (got > 0) done += got;
-  }
-  return 0;
+  return read_whole(fd, position + done, bytes - done, out + done);
 }
 
 }  // namespace fastmerge

@@ -30,7 +30,7 @@ struct Span {
 class SelectorBase {
  public:
   virtual ~SelectorBase() = default;
-  virtual void sample(const Deltas& d, std::int64_t n) = 0;
+  virtual void sample_spans(const Deltas& d, std::int64_t n, std::int64_t length) = 0;
   virtual void feed(const Deltas& d, std::int64_t offset, std::int64_t n, int threads) = 0;
   virtual void feed_lane(const Deltas& d, std::int64_t offset, std::int64_t n, std::size_t lane) = 0;
   virtual std::vector<Span> advance(int threads) = 0;
@@ -103,8 +103,8 @@ class Selector final : public SelectorBase {
   void mark(std::uint8_t* mask) { mask_ = mask; }
   bool marked() const { return mask_ && targets_.size() == 1 && targets_[0].marked; }
 
-  // n elements of every delta, contiguous in the tensor: one span of the sample.
-  void sample(const Deltas& d, std::int64_t n) override {
+  // n elements of every delta: spans of the sample, `length` elements each, one after the other.
+  void sample_spans(const Deltas& d, std::int64_t n, std::int64_t length) override {
     check(d);
     C base[kBlock];
     for (std::int64_t at = 0; at < n; at += kBlock) {
@@ -117,12 +117,6 @@ class Selector final : public SelectorBase {
         detail::canonical(s.data() + s.size() - m, m);
       }
     }
-    spans_.push_back(n);
-  }
-  // The same for many spans of `length` elements that lie one after the other in d.
-  void sample_spans(const Deltas& d, std::int64_t n, std::int64_t length) {
-    sample(d, n);
-    spans_.pop_back();
     spans_.insert(spans_.end(), n / length, length);
   }
 

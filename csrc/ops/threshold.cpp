@@ -26,8 +26,9 @@ class ThresholdSelector {
   ThresholdSelector(std::int64_t n, const Targets& targets, bool f64, std::size_t lanes)
       : selector_(make_selector(n, targets, f64, lanes)) {}
   void sample(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
-              const std::vector<int>& types, std::int64_t n) {
-    selector_->sample(make_deltas(base, base_type, models, types), n);
+              const std::vector<int>& types, std::int64_t n, std::int64_t length) {
+    if (length < 1 || n % length) throw std::invalid_argument("selector: a sample of no whole spans");
+    selector_->sample_spans(make_deltas(base, base_type, models, types), n, length);
   }
   void feed(std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
             const std::vector<int>& types, std::int64_t offset, std::int64_t n, int threads) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..io.pipeline import Merge, Source, Stream
+from ..io.pipeline import Merge, Source, Stream, read_into
 from .stage import TRANSFORM, Stage
 
 
@@ -40,7 +40,7 @@ class DeviceStream(Stream):
             begin, end = pieces[i]
             with self.stage.slot() as slot:
                 host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
-                self._fill(host, self._sources, begin, end)
+                read_into(self._sources, begin, end, host)
                 self._look(begin, host)
                 back, out = slot.result(self.out_dtype, end - begin)
                 base, models = self._split(there)
@@ -79,7 +79,7 @@ class DeviceStream(Stream):
             begin, end = pieces[i]
             with self.stage.slot() as slot:
                 host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
-                self._fill(host, self._sources, begin, end)
+                read_into(self._sources, begin, end, host)
                 self._look(begin, host)
                 base, models = self._split(there)
                 here = flat[begin:end]
@@ -105,7 +105,7 @@ class DeviceStream(Stream):
             begin, end = pieces[i]
             with self.stage.slot() as slot:
                 host, there = slot.inputs([s.dtype for s in sources], end - begin)
-                self._fill(host, sources, begin, end)
+                read_into(sources, begin, end, host)
                 back, out = slot.result(self.out_dtype, end - begin)
                 here = flat[begin:end]
 
@@ -118,10 +118,6 @@ class DeviceStream(Stream):
                 self.stage.merge(slot, work, [*there, here], [out], (back, out), lambda: self._put(begin, back))
 
         self.pool.each(len(pieces), chunk)
-
-    def _fill(self, host: list[Tensor], sources: list[Source], begin: int, end: int) -> None:
-        for source, into in zip(sources, host, strict=True):
-            source.read_into(begin, end, into)
 
     def _look(self, offset: int, host: list[Tensor]) -> None:
         if self._inspect is not None and not self._inspected:

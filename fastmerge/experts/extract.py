@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import _native
 from ..errors import BadInput
 from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
-from ..io.pipeline import Files, Pool, Source, Stream, opened
+from ..io.files import Files
+from ..io.pipeline import Pool, Source, Stream, opened
 from ..methods._fr_rules import Rule, resolve
 from ..methods.fr import lambdas_of
 from .collect import Collection, check_parameters, task_names

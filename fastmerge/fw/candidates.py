@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
-from ..io.pipeline import Buffers, Files, Source
+from ..io.files import Files
+from ..io.pipeline import Buffers, Source
 from .sharding import whole
 
 

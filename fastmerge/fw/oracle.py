@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import _native
 from .._dispatch import requested_backend
 from ..errors import BadInput
-from ..io.pipeline import Files, Source
+from ..io.files import Files
 from ..io.pipeline import Pool as Workers
+from ..io.pipeline import Source
 from ..ops import fw_products
 from ..ops.fw_products import BLOCK, FwProducts, Piece, ReadFailed, native
 from .candidates import Candidate, Readable, Zeros

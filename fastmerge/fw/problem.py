@@ -19,7 +19,8 @@ from .. import _native
 from ..errors import BadInput, did_you_mean
 from ..gradients import Weights
 from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
-from ..io.pipeline import Buffers, Files, opened
+from ..io.files import Files
+from ..io.pipeline import Buffers, opened
 from ..io.pipeline import Pool as Workers
 from .candidates import Candidate, check_candidates, open_candidate
 from .oracle import Pool

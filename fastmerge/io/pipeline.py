@@ -13,12 +13,10 @@ import contextvars
 import itertools
 import math
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +25,10 @@ from torch import Tensor
 from .. import _native, ops
 from .._dispatch import Batch
 from .checkpoint import Checkpoint
-from .safetensors import Entry, bytes_of, pread_into
+from .files import Files, Piece
 
 BLOCK = 65_536  # elements; chunks begin at multiples of it, and block sums are aligned to it
-CHUNK = 4 * BLOCK  # elements of one stream per worker, before memory limits
-AHEAD = 8 << 20  # bytes the kernel is told to read ahead of a chunk
+CHUNK = 8 * BLOCK  # elements of one stream per worker, before memory limits
 
 Visit = Callable[[int, Tensor | None, list[Tensor]], None]
 Merge = Callable[[int, Tensor | None, list[Tensor], Tensor | None], Tensor]  # (offset, base, models, out) -> values
@@ -121,39 +118,6 @@ class Pool:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-class Files:
-    """Open file descriptors by path, for positional reads."""
-
-    def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        self.bytes_read = 0
-        self.tick: Callable[[], None] | None = None  # called after every read
-
-    def fd(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._fds:
-                self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._fds[path]
-
-    def load(self, entry: Entry, begin: int, end: int, into: Tensor) -> None:
-        """Elements [begin, end) of a tensor into a flat buffer of its dtype."""
-        fd, size = self.fd(entry.file), entry.dtype.itemsize
-        position, nbytes = entry.begin + begin * size, (end - begin) * size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, position + AHEAD, nbytes, os.POSIX_FADV_WILLNEED)
-        pread_into(fd, bytes_of(into), position, entry.file)
-        with self._lock:
-            self.bytes_read += nbytes
-        if self.tick is not None:
-            self.tick()
-
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-
 class Source:
     """One tensor of one checkpoint."""
 
@@ -169,16 +133,32 @@ class Source:
         if self.tensor is not None:
             return self.tensor.reshape(-1)[begin:end]
         into = buffers.get(key, end - begin, self.dtype)
-        self.read_into(begin, end, into)
+        read_into([self], begin, end, [into])
         return into
 
-    def read_into(self, begin: int, end: int, into: Tensor) -> None:
-        """Elements [begin, end) into a flat buffer of the source's dtype."""
-        if self.tensor is not None:
-            into.copy_(self.tensor.reshape(-1)[begin:end])
-            return
-        assert self.entry is not None
-        self.files.load(self.entry, begin, end, into)
+    def spans(self, starts: Sequence[int], length: int, buffers: Buffers, key: str) -> Tensor:
+        """`length` elements from each of `starts`, one span after the other."""
+        into = buffers.get(key, len(starts) * length, self.dtype)
+        if self.entry is not None:
+            self.files.load_spans(self.entry, starts, length, into)
+        else:
+            assert self.tensor is not None
+            flat = self.tensor.reshape(-1)
+            torch.cat([flat[start : start + length] for start in starts], out=into)
+        return into
+
+
+def read_into(sources: Sequence[Source], begin: int, end: int, into: Sequence[Tensor]) -> None:
+    """Elements [begin, end) of every source into flat buffers of their dtypes; what is in files, in one go."""
+    pieces: list[Piece] = []
+    for source, to in zip(sources, into, strict=True):
+        if source.entry is not None:
+            pieces.append((source.entry, begin, end, to))
+        else:
+            assert source.tensor is not None
+            to.copy_(source.tensor.reshape(-1)[begin:end])
+    if pieces:
+        sources[0].files.load(pieces)
 
 
 class Stream:
@@ -218,13 +198,30 @@ class Stream:
         self.resident = all(s.tensor is not None for s in inputs)
 
     def _read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
-        buffers = self.pool.buffers
-        base = None if self.base is None else self.base.read(begin, end, buffers, "base")
-        return base, [m.read(begin, end, buffers, f"model{i}") for i, m in enumerate(self.models)]
+        buffers, values, filed = self.pool.buffers, [], []
+        for key, source in self._inputs():
+            if source.entry is None:
+                values.append(source.read(begin, end, buffers, key))
+            else:
+                values.append(buffers.get(key, end - begin, source.dtype))
+                filed.append((source, values[-1]))
+        read_into([s for s, _ in filed], begin, end, [into for _, into in filed])
+        return (None, values) if self.base is None else (values[0], values[1:])
+
+    def _inputs(self) -> list[tuple[str, Source]]:
+        """The inputs, the base first, with the names of their buffers."""
+        models = [(f"model{i}", m) for i, m in enumerate(self.models)]
+        return models if self.base is None else [("base", self.base), *models]
 
     def read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
         """Elements [begin, end), flat, valid until the next read on this thread."""
         return self._read(begin, end)
+
+    def read_spans(self, starts: Sequence[int], length: int) -> tuple[Tensor | None, list[Tensor]]:
+        """`length` elements from each of `starts`, one span after the other, valid until the next read on this thread."""
+        buffers = self.pool.buffers
+        values = [source.spans(starts, length, buffers, key) for key, source in self._inputs()]
+        return (None, values) if self.base is None else (values[0], values[1:])
 
     def chunks(self, align: int = 1, block: int = BLOCK) -> Iterator[tuple[int, int]]:
         """(begin, end) of the pieces; a tensor in memory is one piece, whose kernels use all threads."""
@@ -320,7 +317,7 @@ class Stream:
             assert source.entry is not None
             entry = source.entry
             pieces = list(self.chunks())
-            self.pool.each(len(pieces), lambda i: source.files.load(entry, *pieces[i], flat[slice(*pieces[i])]))
+            self.pool.each(len(pieces), lambda i: source.files.load([(entry, *pieces[i], flat[slice(*pieces[i])])]))
             return flat.view(self.shape)
 
         base = None if self.base is None else read(self.base, "base")

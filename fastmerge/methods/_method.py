@@ -155,6 +155,10 @@ class TensorStream(Protocol):
         """Elements [begin, end) of the base and of each model, flat, valid until the next call on this thread."""
         ...
 
+    def read_spans(self, starts: Sequence[int], length: int) -> tuple[Tensor | None, list[Tensor]]:
+        """`length` elements from each of `starts`, one span after the other, valid until the next call on this thread."""
+        ...
+
     def for_each(
         self, visit: Callable[[int, Tensor | None, list[Tensor]], None], align: int = 1, block: int = 65_536
     ) -> None:

@@ -16,10 +16,11 @@ from .. import _native, ops
 from ..errors import BadInput
 from ..ops.rescale import L1Stream
 from ..ops.threshold import Rule, Threshold, Window
-from ..ops.threshold_stream import ThresholdStream
+from ..ops.threshold_stream import SPAN, ThresholdStream
 from ._method import Header, TensorStream
 
 WHOLE = 1 << 18  # elements up to which a tensor is read at once instead of streamed
+SPANS = 1024  # spans of a sample that are read in one go
 
 
 def found_by_kernels(tensor: TensorStream, **options: Any) -> bool:
@@ -109,9 +110,18 @@ def _stream(tensors: Sequence[TensorStream], density: Sequence[float], gamma: Se
 
     # Sampling and choosing are short: a second thread would spend more time waiting for them than it saves.
     with _native.limit_threads(1):
+        inside: dict[int, list[int]] = {}  # spans within one tensor, by its place in the concatenation
         for begin, end in selection.sample_spans():
-            for t, _, low, high in parts(begin, end):
-                selection.add_sample(*t.read(low, high))
+            here = list(parts(begin, end))
+            for t, start, low, high in here:
+                if len(here) == 1:
+                    inside.setdefault(start, []).append(low)
+                else:
+                    selection.add_sample(*t.read(low, high))
+        for t, start in zip(tensors, starts, strict=True):
+            begins = inside.get(start, [])
+            for i in range(0, len(begins), SPANS):
+                selection.add_sample(*t.read_spans(begins[i : i + SPANS], SPAN), length=SPAN)
 
     def advance() -> list[tuple[int, int]]:
         with _native.limit_threads(1):

@@ -12,14 +12,14 @@ from .. import _native
 from ._checks import per_model, require_like
 from .threshold import Rule, Selection, magnitude_key, native_arrays, require_density
 
-_SPAN = 512  # elements of one sample span: a read of this size costs about as much as a smaller one
+SPAN = 512  # elements of one sample span: a read of this size costs about as much as a smaller one
 _UNSAMPLED = 1 << 15  # elements up to which everything is collected
 
 Spans = list[tuple[int, int]]
 
 
 class _Selector(Protocol):
-    def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None: ...
+    def sample(self, base: Tensor | None, models: Sequence[Tensor], length: int) -> None: ...
     def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None: ...
     def advance(self) -> Spans: ...
     def results(self) -> list[tuple[int, int]]: ...
@@ -29,9 +29,9 @@ class _NativeSelector:
     def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype, lanes: int) -> None:
         self._selector = _native.lib().ThresholdSelector(n, targets, compute == torch.float64, lanes)
 
-    def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
+    def sample(self, base: Tensor | None, models: Sequence[Tensor], length: int) -> None:
         arrays = native_arrays(base, models)
-        self._selector.sample(*arrays.arguments, arrays.n)
+        self._selector.sample(*arrays.arguments, arrays.n, length)
 
     def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None:
         arrays = native_arrays(base, models)
@@ -55,7 +55,7 @@ class _ReferenceSelector:
         self._keys = {model: torch.empty(n, dtype=torch.int64) for model, _ in targets}
         self._fed = False
 
-    def sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
+    def sample(self, base: Tensor | None, models: Sequence[Tensor], length: int) -> None:
         pass
 
     def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None:
@@ -127,19 +127,19 @@ class ThresholdStream:
         """Places to sample, spread over the tensor; empty when the tensor is small or nothing is to be selected."""
         if self._selector is None or self.n <= _UNSAMPLED:
             return []
-        count = int(max(65536.0, 2.0 * self.n ** (2 / 3))) // _SPAN
-        count = max(1, min(count, self.n // (4 * _SPAN)))
+        count = int(max(65536.0, 2.0 * self.n ** (2 / 3))) // SPAN
+        count = max(1, min(count, self.n // (4 * SPAN)))
         stride = self.n // count
         # Jitter, so that a stride that divides the row length does not look at the same columns every time.
         return [
-            (start, start + _SPAN) for i in range(count) for start in [i * stride + (i * 40503) % (stride - _SPAN + 1)]
+            (start, start + SPAN) for i in range(count) for start in [i * stride + (i * 40503) % (stride - SPAN + 1)]
         ]
 
-    def add_sample(self, base: Tensor | None, models: Sequence[Tensor]) -> None:
-        """One span of neighbouring elements."""
+    def add_sample(self, base: Tensor | None, models: Sequence[Tensor], length: int | None = None) -> None:
+        """One span of neighbouring elements, or several of `length` elements each, one after the other."""
         self._check(base, models)
-        if self._selector is not None:
-            self._selector.sample(base, models)
+        if self._selector is not None and models[0].numel():
+            self._selector.sample(base, models, length or models[0].numel())
 
     def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, *, lane: int | None = None) -> None:
         """The elements from `offset` on, part of a span that `advance` asked for.

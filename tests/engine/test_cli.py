@@ -125,7 +125,15 @@ def test_options_reach_the_engine(models, monkeypatch):
         "warn",
     ]
     said = call(
-        "merge", write(models), models / "out", *arguments, "--allow-pickle", "--ignore-extra", "--device", "cpu"
+        "merge",
+        write(models),
+        models / "out",
+        *arguments,
+        "--allow-pickle",
+        "--ignore-extra",
+        "--cosines",
+        "--device",
+        "cpu",
     )
     assert said.exit_code == 3
     assert said.stderr == "error: stopped\n  where: work\n  what to do: resume\n"
@@ -133,6 +141,7 @@ def test_options_reach_the_engine(models, monkeypatch):
     assert seen == {
         "out": models / "out", "resume": True, "force": True, "device": "cpu", "threads": 3, "max_memory": 1_500_000_000,
         "max_vram": 8_000_000_000, "max_shard_bytes": 2 << 20, "nan": "warn", "allow_pickle": True, "ignore_extra": True, "dry_run": False,
+        "cosines": True,
     }  # fmt: skip
 
 
