@@ -222,6 +222,13 @@ class Gradient:
         Raises BadInput naming the parameter when a gradient is not finite.
         """
         gradients, self.value = self._run(state, True)
+        for name, g in gradients.items():
+            # A sum is NaN or Inf where an element is: one pass, without a mask. It may overflow by itself, too.
+            if not bool(torch.isfinite(g.sum())) and not bool(torch.isfinite(g).all()):
+                raise BadInput(
+                    f"the gradient of {name!r} is not finite",
+                    remedy="check the calibration data and loss; with amp=float16 try bfloat16",
+                )
         return gradients
 
     def _split(self) -> list[Gradient]:
@@ -281,12 +288,6 @@ class Gradient:
                 for name, p in lent.items():
                     if p.grad is not None:
                         total[name] = p.grad
-        for name, g in total.items():
-            if not bool(torch.isfinite(g).all()):
-                raise BadInput(
-                    f"the gradient of {name!r} is not finite",
-                    remedy="check the calibration data and loss; with amp=float16 try bfloat16",
-                )
         return total, value
 
     def _pass(self, task: str, scale: float, backward: bool) -> float:

@@ -173,7 +173,7 @@ def end_to_end(quick: bool) -> dict[str, Any]:
     base, candidates = family.state(), [*relevant, *extra]
     model = family.model()
     batched = fm.gradient(
-        model, family.loss, {t: family.calibration(t, batch=50, limit=100) for t in tasks},
+        model, family.loss, {t: family.calibration(t, batch=25, limit=100) for t in tasks},
         workers=torch.get_num_threads(),
     )  # fmt: skip
     single = fm.gradient(

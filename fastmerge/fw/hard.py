@@ -247,10 +247,10 @@ class Norms:
 
     def take(self, products: Products, computed: Sequence[bool]) -> None:
         """Keep the norms of a pass, and complete the pass with those known before."""
-        for i, n in enumerate(products.names):
-            before = self.known.get(n, torch.full_like(products.squares[:, i], float("nan")))
-            products.squares[:, i] = torch.where(torch.tensor(list(computed)), products.squares[:, i], before)
-            self.known[n] = products.squares[:, i].clone()
+        unknown = torch.full_like(products.squares[:, 0], float("nan"))
+        before = torch.stack([self.known.get(n, unknown) for n in products.names], dim=1)
+        products.squares = torch.where(torch.tensor(list(computed))[:, None], products.squares, before)
+        self.known.update(zip(products.names, products.squares.unbind(1), strict=True))
         if any(computed) and self.cache is not None:
             names = list(self.known)
             table = torch.stack([self.known[n] for n in names], dim=1)

@@ -49,6 +49,7 @@ class Pool:
         self.lacking = {(name, k) for name, ks in lacking.items() for k in ks}
         self.workers, self.files = workers, files
         self.initial = -2  # index of the start among the candidates, when it is one
+        self._places: dict[tuple[str, int], Place | None] = {}
 
     def add_initial(self, initial: Candidate) -> None:
         """The start as the last candidate; unlike the others it holds only this process's part."""
@@ -85,7 +86,15 @@ class Pool:
         return read
 
     def place(self, name: str, k: int) -> Place | None:
-        """place(begin, end) says where candidate k's tensor lies; None when it is not stored as it is wanted."""
+        """place(begin, end) says where candidate k's tensor lies; None when it is not stored as it is wanted.
+
+        Kept from one iteration to the next: finding K·L places anew takes longer than reducing small tensors.
+        """
+        if (name, k) not in self._places:
+            self._places[name, k] = self._find(name, k)
+        return self._places[name, k]
+
+    def _find(self, name: str, k: int) -> Place | None:
         candidate = self.candidates[k]
         if self.space != "weights" or candidate.deltas or (name, k) in self.lacking:
             return None
@@ -97,8 +106,9 @@ class Pool:
             fd, start, dtype = self.files.fd(source.entry.file), source.entry.begin, source.dtype
             return lambda begin, end: Piece(fd, start + (first + begin) * dtype.itemsize, dtype)
         assert source.tensor is not None
-        flat = source.tensor.detach().reshape(-1)
-        return None if flat.device.type != "cpu" else _within(flat, first)
+        if source.tensor.device.type != "cpu" or not source.tensor.is_contiguous():
+            return None  # flattened piece by piece: a copy here would stay
+        return _within(source.flat, first)
 
     def origin(self, name: str) -> Callable[[int, int, str], Tensor]:
         """read(begin, end, key) of the base's tensor within this process's part."""

@@ -126,12 +126,21 @@ class Source:
         held = checkpoint.aliases.get(name, name)
         self.entry = checkpoint.entries.get(held)
         self.tensor = None if self.entry is not None else checkpoint.resident[held]
+        self._flat: Tensor | None = None
         self.dtype, self.shape = checkpoint.dtype(name), checkpoint.shape(name)
         self.nbytes = checkpoint.nbytes(name)
 
+    @property
+    def flat(self) -> Tensor:
+        """A tensor in memory, flattened: a view, or (strided otherwise) a copy made once and kept as long as this."""
+        if self._flat is None:
+            assert self.tensor is not None
+            self._flat = self.tensor.detach().reshape(-1)
+        return self._flat
+
     def read(self, begin: int, end: int, buffers: Buffers, key: str) -> Tensor:
         if self.tensor is not None:
-            return self.tensor.reshape(-1)[begin:end]
+            return self.flat[begin:end]
         into = buffers.get(key, end - begin, self.dtype)
         read_into([self], begin, end, [into])
         return into
@@ -142,9 +151,7 @@ class Source:
         if self.entry is not None:
             self.files.load_spans(self.entry, starts, length, into)
         else:
-            assert self.tensor is not None
-            flat = self.tensor.reshape(-1)
-            torch.cat([flat[start : start + length] for start in starts], out=into)
+            torch.cat([self.flat[start : start + length] for start in starts], out=into)
         return into
 
 
@@ -155,8 +162,7 @@ def read_into(sources: Sequence[Source], begin: int, end: int, into: Sequence[Te
         if source.entry is not None:
             pieces.append((source.entry, begin, end, to))
         else:
-            assert source.tensor is not None
-            to.copy_(source.tensor.reshape(-1)[begin:end])
+            to.copy_(source.flat[begin:end])
     if pieces:
         sources[0].files.load(pieces)
 

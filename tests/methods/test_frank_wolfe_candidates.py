@@ -262,3 +262,20 @@ def test_memory_does_not_grow_with_the_number_of_candidates(tmp_path):
 
     few, many = peak(2), peak(64)
     assert many <= 1.05 * few, f"peak {many:.0f} MB with 64 candidates, {few:.0f} MB with 2"
+
+
+def test_tensors_that_are_not_contiguous_give_the_same_and_leave_no_copies(monkeypatch):
+    from fastmerge.fw import oracle
+
+    base, many = states(3)
+    strided = [{n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in c.items()} for c in many]
+    want = fw.frank_wolfe(base, many, gradient, iterations=2)
+    monkeypatch.setattr(oracle, "PIECE", 64)
+    pools = []
+    monkeypatch.setattr(oracle.Pool, "add_initial", lambda self, _: pools.append(self))
+    got = fw.frank_wolfe(base, strided, gradient, iterations=2, pool_init=True)
+    assert got.choices == want.choices
+    for n in SHAPES:
+        assert torch.equal(got.state_dict[n], want.state_dict[n])
+    assert pools[0].place("a.weight", 0) is None
+    assert pools[0].place("a.bias", 0) is not None
