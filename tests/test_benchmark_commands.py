@@ -1,0 +1,59 @@
+"""Benchmark commands run whole, on models that take no time, and print what they say they print."""
+
+import sys
+
+import pytest
+import torch
+from fastmerge.benchmarks.merges import pipeline, rates
+from fastmerge.benchmarks.merges.checkpoints import family
+from fastmerge.benchmarks.merges.peers import METHODS
+
+from fastmerge import Recipe
+from fastmerge.io.files import Files
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        command.main()
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_pipeline(run, tmp_path):
+    size = ("--layers", 1, "--hidden", 64, "--vocabulary", 5000, "--rounds", 1, "--no-cold", "--threads", 2)
+    _, head, *rows = run(pipeline, tmp_path / "models", *size, "linear", "ties")
+    assert head == ["method", "cache", "reads", "read", "GB/s", "compute", "write", "merge", "ratio", "bound"]
+    assert [row[:3] for row in rows] == [["linear", "warm", "1"], ["ties", "warm", "2"]]
+    for row in rows:
+        assert float(row[7]) > 0
+        assert row[9] in ("read", "compute", "write")
+    assert not list((tmp_path / "models").glob("pipeline-*"))
+
+
+def test_computing_alone_reads_only_what_stands_for_all(tmp_path, monkeypatch):
+    inputs = family(tmp_path, layers=1, hidden=64, vocabulary=5000)
+    parameters = METHODS["ties"].parameters
+    recipe = Recipe.from_call("ties", str(inputs[0]), [str(m) for m in inputs[1:]], parameters)
+    opened = []
+
+    class Watched(Files):
+        def __init__(self):
+            super().__init__()
+            opened.append(self)
+
+    monkeypatch.setattr(pipeline, "Files", Watched)
+    pipeline.compute(recipe, inputs, 2)
+    (watched,) = opened
+    pieces = 5 * min(pipeline.PATTERN, 5000 * 64) * 2
+    assert watched.bytes_read == pieces  # the pattern that stands for everything
+
+
+def test_rates(run):
+    lines = run(rates, "linear", "ties", "--shape", 64, 600, "--models", 2, "--rounds", 1)
+    assert {"linear", "ties"} <= {line[0] for line in lines if line}
