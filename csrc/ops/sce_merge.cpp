@@ -4,10 +4,12 @@
 // 1024 elements of every delta is widened into L1 once; the loops over it are plain, one model at a time, so that any
 // number of models and any mix of dtypes passes through the same code. The variance is recomputed where it is needed
 // (about a dozen additions an element) instead of stored: memory would cost more. Selection is one integer compare with
-// the variance's bits (common/keys.h); energies are summed in 16 fixed lanes like gram_blocks'.
+// the variance's bits (common/keys.h); energies are summed in 16 fixed lanes like gram_blocks'. Up to eight models stay
+// in AVX-512 registers instead (common/sce_wide.h), whatever their dtypes but float64; the plain loops take the tails.
 #include "common/export.h"
 #include "common/keys.h"
 #include "common/parallel.h"
+#include "common/sce_wide.h"
 #include "common/stream.h"
 
 namespace fastmerge {
@@ -132,12 +134,31 @@ void with_compute_type(const Deltas& d, const F& f) {
   d.f64() ? f(double{}) : f(float{});
 }
 
+#ifdef FASTMERGE_AVX512
+// Runs f<K> on as much of [begin, end) as it takes, in steps of `step` elements; returns where it stopped.
+template <class C, class F>
+std::int64_t run_wide(const Deltas& d, std::int64_t begin, std::int64_t end, std::int64_t step,
+                      [[maybe_unused]] const F& f) {
+  if (std::is_same_v<C, double> || !has_avx512() || d.models.size() > detail::kSceModels) return begin;
+  const std::int64_t stop = begin + (end - begin) / step * step;
+  if (stop > begin) detail::with_models(d.models.size(), [&](auto models) { f(models, stop); });
+  return stop;
+}
+#endif
+
 void sce_variance(std::uintptr_t out, std::uintptr_t base, int base_type, const std::vector<std::uintptr_t>& models,
                   const std::vector<int>& types, std::int64_t n, int threads) {
   const Deltas d = make_deltas(base, base_type, models, types);
   with_compute_type(d, [&](auto zero) {
     using C = decltype(zero);
     parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+#ifdef FASTMERGE_AVX512
+      const detail::SceCall call{&d.base, d.models.data(), false, {}, 0, nullptr};
+      begin = run_wide<C>(d, begin, end, 16, [&](auto models, std::int64_t stop) {
+        detail::sce_variances<models()>(call, begin, stop, pointer<float>(out));
+      });
+#endif
+      if (begin == end) return;
       Tile<C> tile(d);
       for (std::int64_t at = begin; at < end; at += kTile) {
         tile.load(at, std::min(kTile, end - at));
@@ -158,7 +179,14 @@ void sce_energy(std::uintptr_t out, std::uintptr_t base, int base_type, const st
     parallel_for(n, kSumBlock, threads, [&](std::int64_t begin, std::int64_t end) {
       Tile<C> tile(d);
       std::vector<double> lanes(models.size() * kLanes, 0.0);
-      for (std::int64_t at = begin; at < end; at += kTile) {
+      std::int64_t at = begin;
+#ifdef FASTMERGE_AVX512
+      const detail::SceCall call{&d.base, d.models.data(), selects, rule, offset, nullptr};
+      at = run_wide<C>(d, begin, end, kLanes, [&](auto count, std::int64_t stop) {
+        detail::sce_energies<count()>(call, begin, stop, lanes.data());
+      });
+#endif
+      for (; at < end; at += kTile) {
         tile.load(at, std::min(kTile, end - at));
         tile.energy(selects ? tile.keep(rule, offset + at) : nullptr, lanes.data());
       }
@@ -184,10 +212,26 @@ void sce_merge(std::uintptr_t out, int out_code, std::uintptr_t base, int base_t
   with_compute_type(d, [&](auto zero) {
     using C = decltype(zero);
     parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+      std::int64_t at = begin;
+#ifdef FASTMERGE_AVX512
+      if (out_type != Dtype::f64)
+        at = run_wide<C>(d, begin, end, 32, [&](auto models, std::int64_t stop) {
+          const std::vector<float> shares(weight.begin(), weight.end());
+          const detail::SceCall call{&d.base, d.models.data(), selects, rule, offset, shares.data()};
+          dispatch(out_type, [&](auto zero) {
+            using T = decltype(zero);
+            T* to = pointer<T>(out) + begin;
+            if constexpr (!std::is_same_v<T, double>)
+              detail::sce_merges<models()>(call, begin, stop, to,
+                                           stream && (reinterpret_cast<std::uintptr_t>(to) & 63) == 0);
+          });
+        });
+      if (at == end) return stream ? stream_fence() : void();
+#endif
       Tile<C> tile(d);
       alignas(64) C merged[kTile];
       alignas(64) unsigned char rounded[kTile * sizeof(double)];
-      for (std::int64_t at = begin; at < end; at += kTile) {
+      for (; at < end; at += kTile) {
         const std::int64_t m = std::min(kTile, end - at);
         tile.load(at, m);
         tile.merge(weight, selects ? tile.keep(rule, offset + at) : nullptr, merged);
