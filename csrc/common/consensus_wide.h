@@ -10,10 +10,21 @@
 #ifdef FASTMERGE_AVX512
 namespace fastmerge::detail {
 
-// Which of the 16 elements from i on a model keeps, d being their deltas.
-template <bool kBits>
+// A half of the 32 elements from i on: in order where bits say what is kept, in the cheapest order otherwise.
+template <bool kBits, int kHalf, class T>
+FM_WIDE __m512 half16(const T* x, std::int64_t i) {
+  if constexpr (kBits) return load16(x + i + 16 * kHalf);
+  else return load_half<kHalf>(x + i);
+}
+template <bool kBits, class T>
+FM_WIDE void store_both(T* to, __m512 first, __m512 second, bool stream) {
+  if constexpr (kBits) store32(to, first, second, stream);
+  else store_halves(to, first, second, stream);
+}
+// Which of them a model keeps, d being their deltas.
+template <bool kBits, int kHalf>
 FM_WIDE __mmask16 kept16(const std::uint64_t* keep, __m512i bound, __m512 d, std::int64_t i) {
-  if (kBits) return static_cast<__mmask16>(keep[i >> 6] >> (i & 63));
+  if (kBits) return static_cast<__mmask16>(keep[i >> 6] >> ((i & 63) + 16 * kHalf));
   return _mm512_cmpgt_epi32_mask(_mm512_and_si512(_mm512_castps_si512(d), _mm512_set1_epi32(0x7fffffff)), bound);
 }
 
@@ -28,14 +39,14 @@ struct Held {
   __m512i bound[K];
 };
 
-template <int K, bool kNormalize, bool kBits, class T>
+template <int K, bool kNormalize, bool kBits, int kHalf, class T>
 FM_WIDE __m512 elect16(const Held<K, T>& h, std::int64_t i) {
-  const __m512 b = load16(h.base + i), zero = _mm512_setzero_ps();
+  const __m512 b = half16<kBits, kHalf>(h.base, i), zero = _mm512_setzero_ps();
   __m512 u[K], vote = zero, total = zero, divisor = zero;
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) {
-    const __m512 d = _mm512_sub_ps(load16(h.model[k] + i), b);
-    u[k] = _mm512_maskz_mul_ps(kept16<kBits>(h.keep[k], h.bound[k], d, i), d, h.coefficient[k]);
+    const __m512 d = _mm512_sub_ps(half16<kBits, kHalf>(h.model[k], i), b);
+    u[k] = _mm512_maskz_mul_ps(kept16<kBits, kHalf>(h.keep[k], h.bound[k], d, i), d, h.coefficient[k]);
     vote = k == 0 ? u[k] : _mm512_add_ps(vote, u[k]);
   }
   // A term agrees unless, turned to the elected side, it is <= 0; NaN agrees. What is left out would add +0 to a sum
@@ -73,7 +84,7 @@ FM_AVX512 void elect_wide(const Hot<T>& hot, std::int64_t n, bool stream) {
   }
   T* out = hot.out;
   for (std::int64_t i = 0; i < n; i += 32)
-    store32(out + i, elect16<K, kNormalize, kBits>(h, i), elect16<K, kNormalize, kBits>(h, i + 16), stream);
+    store_both<kBits>(out + i, elect16<K, kNormalize, kBits, 0>(h, i), elect16<K, kNormalize, kBits, 1>(h, i), stream);
 }
 
 // Without an election, for any number of models: 32 elements at a time.
@@ -83,24 +94,24 @@ FM_AVX512 void sum_wide(const Hot<T>& h, int models, bool divides, std::int64_t 
   const T* base = h.base;
   T* out = h.out;
   for (std::int64_t i = 0; i < n; i += 32) {
-    const __m512 b[2] = {load16(base + i), load16(base + i + 16)};
-    __m512 total[2];
+    const __m512 b0 = half16<kBits, 0>(base, i), b1 = half16<kBits, 1>(base, i);
+    __m512 t0 = _mm512_setzero_ps(), t1 = t0;
     for (int k = 0; k < models; ++k) {
       const __m512 c = _mm512_set1_ps(h.coefficient[k]);
       const __m512i bound = _mm512_set1_epi32(h.bound[k]);
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const __m512 d = _mm512_sub_ps(load16(h.model[k] + i + 16 * j), b[j]);
-        const __m512 u = _mm512_maskz_mul_ps(kept16<kBits>(h.keep[k], bound, d, i + 16 * j), d, c);
-        total[j] = k == 0 ? u : _mm512_add_ps(total[j], u);
-      }
+      const __m512 d0 = _mm512_sub_ps(half16<kBits, 0>(h.model[k], i), b0),
+                   d1 = _mm512_sub_ps(half16<kBits, 1>(h.model[k], i), b1);
+      const __m512 u0 = _mm512_maskz_mul_ps(kept16<kBits, 0>(h.keep[k], bound, d0, i), d0, c),
+                   u1 = _mm512_maskz_mul_ps(kept16<kBits, 1>(h.keep[k], bound, d1, i), d1, c);
+      t0 = k == 0 ? u0 : _mm512_add_ps(t0, u0);
+      t1 = k == 0 ? u1 : _mm512_add_ps(t1, u1);
     }
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      if (divides) total[j] = _mm512_div_ps(total[j], divisor);
-      total[j] = _mm512_add_ps(b[j], _mm512_mul_ps(total[j], scale));
+    if (divides) {
+      t0 = _mm512_div_ps(t0, divisor);
+      t1 = _mm512_div_ps(t1, divisor);
     }
-    store32(out + i, total[0], total[1], stream);
+    store_both<kBits>(out + i, _mm512_add_ps(b0, _mm512_mul_ps(t0, scale)), _mm512_add_ps(b1, _mm512_mul_ps(t1, scale)),
+                      stream);
   }
 }
 

@@ -120,6 +120,19 @@ def test_large_results_bypass_the_cache_with_the_same_bits():
     assert_same_bits(got, torch.cat(parts))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elect", ["sum", None])
+def test_every_bit_pattern_rounds_as_the_reference_does(elect, dtype):
+    """Ties, subnormal numbers, overflow to Inf, NaN: any 16 bits as inputs."""
+    g = torch.Generator().manual_seed(7)
+    base, *models = (torch.randint(-(2**15), 2**15, (40_007,), generator=g).short().view(dtype) for _ in range(4))
+    models[0] = base.clone()
+    for scale in (1.0, 0.37):
+        arguments = (base, models, [0.3, 0.5, 1.0]), {"trim": None, "elect": elect, "normalize": True, "scale": scale}
+        want = consensus_merge(*arguments[0], **arguments[1], backend="reference")
+        assert_same_bits(consensus_merge(*arguments[0], **arguments[1], backend="cpu"), want)
+
+
 def test_nan_that_is_kept_shows():
     base = torch.zeros(3)
     models = [torch.tensor([float("nan"), 1.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])]

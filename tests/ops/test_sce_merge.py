@@ -3,7 +3,7 @@ import torch
 from checks import assert_same_bits, check_op
 
 from fastmerge import _native
-from fastmerge.ops import sce_merge, sce_variance, topk_thresholds
+from fastmerge.ops import sce_energy, sce_merge, sce_variance, topk_thresholds
 
 
 def test_backends_agree_with_the_reference():
@@ -38,6 +38,25 @@ def test_threads_and_pieces_do_not_change_a_bit(threads, monkeypatch):
         for a, b in ((0, 7), (7, 90_000), (90_000, 150_001))
     ]
     assert_same_bits(torch.cat(pieces), want)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_any_number_of_models_and_mix_of_dtypes(count):
+    """Up to eight stay in registers; ties are split at any place of a vector; the end is no multiple of one."""
+    g = torch.Generator().manual_seed(count)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    base = torch.randn(4133, generator=g).half()
+    models = [(base + (4 * torch.randn(4133, generator=g)).round() / 8).to(dtypes[k % 3]) for k in range(count)]
+    variance = sce_variance(base, models, backend="cpu")
+    assert_same_bits(variance, sce_variance(base, models, backend="reference"))
+    (rule,) = topk_thresholds(None, [variance], 0.4)
+    weight = torch.rand(count, generator=g).tolist()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        want = sce_merge(base, models, weight, rule, dtype=dtype, backend="reference")
+        assert_same_bits(sce_merge(base, models, weight, rule, dtype=dtype, backend="cpu"), want)
+    energy = [sce_energy(base, models, r, backend=b) for r in (rule, None) for b in ("cpu", "reference")]
+    assert_same_bits(energy[0], energy[1])
+    assert_same_bits(energy[2], energy[3])
 
 
 def test_it_may_write_into_an_input():
