@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,7 @@ class Bench:
     op: str
     variants: tuple[Variant, ...]
     rivals: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    ceiling: Literal["copy", "read"] = "copy"  # of memory traffic; read where next to nothing is written
     setup: Callable[[tuple[Any, ...]], None] | None = None  # undoes what an in-place operator did, untimed
     cupy: Mapping[str, Callable[..., Any]] = field(
         default_factory=dict

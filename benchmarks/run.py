@@ -1,6 +1,6 @@
 """Runs the suite: ceilings, then per operator the correctness gate and the table.
 
-``python -m fastmerge.benchmarks.run [OP ...] [--full] [--save rows.jsonl]`` (also ``fastmerge bench``).
+``python -m fastmerge.benchmarks.run [OP ...] [--full] [--only TEXT] [--backend NAME] [--save rows.jsonl]`` (also ``fastmerge bench``).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from . import gpu
 from . import ops as declarations
 from .declare import Bench, Variant
 from .schema import Row, append
-from .timing import Times, ceilings, environment, side_by_side
+from .timing import Times, ceilings, environment, moving, side_by_side
 
 COLUMNS = ("cpu", "triton", "cuda", "cupy")  # a backend that an operator lacks is reported as such
+MACHINE = "the machine"  # what is timed beside the backends, for the ceiling
 COMPILE_LIMIT = 90.0  # seconds that torch.compile may take for one size
 
 
@@ -108,8 +109,13 @@ def measure(
     budget: float = 1.0,
     compiled: bool = False,
     runtime: gpu.Runtime | None = None,
+    backends: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Rows of one variant: every backend that can run it, the reference, the rivals; the others with the reason."""
+    """Rows of one variant: every backend that can run it, the reference, the rivals; the others with the reason.
+
+    On the CPU the ceiling of memory is measured again in the same rounds: neighbours move it by half. `backends` are
+    the only ones to time, all without one.
+    """
     op: Op[..., Any] = getattr(ops, bench.op)
     args, kwargs = variant.make(device)
     runs: dict[str, Callable[..., Any]] = {}
@@ -135,6 +141,9 @@ def measure(
             runs[name] = functools.partial(_with_cupy, rival)
         else:
             reasons[name] = absent
+    for name in [n for n in runs if backends and n not in backends]:
+        del runs[name]
+        reasons[name] = "left out by --backend"
     reset = None if bench.setup is None else functools.partial(bench.setup, args)
     calls = {name: functools.partial(run, *args, **kwargs) for name, run in runs.items() if name not in bench.cupy}
     rotated = {
@@ -142,9 +151,13 @@ def measure(
         for name, run in runs.items()
         if name not in bench.cupy
     }
-    times = side_by_side(calls, runtime, budget=budget, reset=reset, rotated=rotated)
+    beside, amount = moving(bench.ceiling, device) if runtime is None else (None, 0.0)
+    timed = {**calls, **({} if beside is None else {MACHINE: beside})}
+    times = side_by_side(timed, runtime, budget=budget, reset=reset, rotated=rotated)
+    if beside is not None:
+        limits = {**limits, bench.ceiling: amount / times[MACHINE].p50}
     for name in calls:
-        yield row(bench, variant, name, times[name], times[REFERENCE], limits, env)
+        yield row(bench, variant, name, times[name], times.get(REFERENCE), limits, env)
     for name, reason in reasons.items():
         yield Row(op=bench.op, variant=variant.name, backend=name, skipped=reason, ceilings=limits, **env)
 
@@ -213,15 +226,16 @@ def _rotated(
 
 
 def row(
-    bench: Bench, variant: Variant, name: str, t: Times, reference: Times, limits: dict[str, float], env: dict[str, Any]
-) -> Row:
+    bench: Bench, variant: Variant, name: str, t: Times, reference: Times | None, limits: dict[str, float],
+    env: dict[str, Any],
+) -> Row:  # fmt: skip
     """What one measurement says."""
-    moving, computing = variant.bytes / limits["copy"], variant.flops / limits["gemm"]
+    memory, computing = variant.bytes / limits[bench.ceiling], variant.flops / limits["gemm"]
     return Row(
         op=bench.op, variant=variant.name, backend=name, timing=t.how, p20_s=t.p20, p50_s=t.p50, p80_s=t.p80, calls=t.calls,
         bytes=variant.bytes, flops=variant.flops, bytes_per_s=variant.bytes / t.p50, flops_per_s=variant.flops / t.p50,
-        bound="memory" if moving >= computing else "compute", of_ceiling=max(moving, computing) / t.p50,
-        speedup=reference.p50 / t.p50, ceilings=limits, **env,
+        bound="memory" if memory >= computing else "compute", of_ceiling=max(memory, computing) / t.p50,
+        speedup=None if reference is None else reference.p50 / t.p50, ceilings=limits, **env,
     )  # fmt: skip
 
 
@@ -230,9 +244,9 @@ def table(rows: Iterable[Row], title: str) -> Table:
     for heading in ("variant", "backend", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of ceiling", "x reference"):
         out.add_column(heading, justify="left" if heading in ("variant", "backend") else "right", no_wrap=True)
     for r in rows:
-        if r.p20_s and r.p50_s and r.p80_s and r.bytes_per_s and r.of_ceiling and r.speedup:
+        if r.p20_s and r.p50_s and r.p80_s and r.bytes_per_s and r.of_ceiling:
             ms = [f"{seconds * 1e3:.2f}" for seconds in (r.p20_s, r.p50_s, r.p80_s)]
-            rates = [f"{r.bytes_per_s / 1e9:.1f}", f"{100 * r.of_ceiling:.0f}", f"{r.speedup:.1f}"]
+            rates = [f"{r.bytes_per_s / 1e9:.1f}", f"{100 * r.of_ceiling:.0f}", f"{r.speedup:.1f}" if r.speedup else ""]
             out.add_row(r.variant, r.backend, *ms, *rates)
     return out
 
@@ -250,10 +264,15 @@ def run(
     device: str = "cpu",
     budget: float = 1.0,
     compiled: bool = False,
+    only: str = "",
+    backends: Sequence[str] = (),
     save: Path | None = None,
     console: Console | None = None,
 ) -> list[Row]:
     """Measure and print; returns the rows.
+
+    only: sizes whose names hold this text, --full's too. backends: those to time (rivals have names of their own, as
+    "torch"); all without one.
 
     Raises: BadInput for an operator without a benchmark; SystemExit(1) after naming what failed when a gate is red.
     """
@@ -281,8 +300,10 @@ def run(
         mine = [
             r
             for v in bench.variants
-            if full or v.quick
-            for r in measure(bench, v, where, limits, env, budget=budget, compiled=compiled, runtime=runtime)
+            if (only in v.name if only else full or v.quick)
+            for r in measure(
+                bench, v, where, limits, env, budget=budget, compiled=compiled, runtime=runtime, backends=backends
+            )
         ]
         console.print(table(mine, bench.op))
         for name, reason in {r.backend: r.skipped for r in mine if r.skipped}.items():
@@ -297,13 +318,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*")
     parser.add_argument("--full", action="store_true", help="all sizes")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the sizes whose names hold TEXT")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="time only this: cpu, torch, ... (repeatable)"
+    )
     parser.add_argument("--compile", action="store_true", help="the references under torch.compile too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per call and variant")
     parser.add_argument("--save", type=Path, help="append rows to this JSONL file")
     given = parser.parse_args()
     run(
-        given.ops, full=given.full, compiled=given.compile, device=given.device, budget=given.budget, save=given.save
+        given.ops, full=given.full, compiled=given.compile, device=given.device, budget=given.budget, save=given.save,
+        only=given.only, backends=given.backend or (),
     )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ class Row(BaseModel):
     bytes_per_s: float | None = None
     flops_per_s: float | None = None
     bound: Literal["memory", "compute"] | None = None  # which ceiling is the nearer one
-    of_ceiling: float | None = None  # max(bytes / copy, flops / gemm) over the median time
-    speedup: float | None = None  # median of the reference over this one's, same run
+    of_ceiling: float | None = None  # max(bytes / copy or read, flops / gemm) over the median time
+    speedup: float | None = None  # median of the reference over this one's, same run; None where it was left out
     ceilings: dict[str, float]  # bytes/s of copy, read, triad; flop/s of gemm, rfft2
     device: str
     driver: str | None

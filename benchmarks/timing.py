@@ -86,16 +86,27 @@ def side_by_side(
     return {name: _percentiles(s, how[name]) for name, s in seconds.items()}
 
 
+STREAM = 16 << 20  # 64 MiB of float32, beyond any cache
+
+
+def moving(which: str, device: torch.device) -> tuple[Callable[[], Any], float]:
+    """A call of torch's that copies or reads memory, and the bytes it moves."""
+    a = torch.ones(STREAM, device=device)
+    if which == "read":
+        return a.sum, 4.0 * STREAM
+    b = torch.ones(STREAM, device=device)
+    return lambda: b.copy_(a), 8.0 * STREAM
+
+
 def ceilings(device: torch.device, runtime: gpu.Runtime | None = None) -> dict[str, float]:
     """What this machine can do, through torch: copy, read and triad in bytes/s, FFT and GEMM in flop/s."""
-    n = 16 << 20  # 64 MiB of float32, beyond any cache
-    a, b, c = (torch.ones(n, device=device) for _ in range(3))
+    a, b, c = (torch.ones(STREAM, device=device) for _ in range(3))
     x = torch.randn(2048, 2048, device=device)
     y, z = torch.randn(2048, 2048, device=device), torch.empty(2048, 2048, device=device)
     calls: dict[str, tuple[Callable[[], Any], float]] = {
-        "copy": (lambda: b.copy_(a), 8.0 * n),
-        "read": (lambda: a.sum(), 4.0 * n),
-        "triad": (lambda: torch.add(a, b, alpha=2.0, out=c), 12.0 * n),
+        "copy": moving("copy", device),
+        "read": moving("read", device),
+        "triad": (lambda: torch.add(a, b, alpha=2.0, out=c), 12.0 * STREAM),
         "gemm": (lambda: torch.mm(x, y, out=z), 2.0 * 2048**3),
         "rfft2": (lambda: torch.fft.rfft2(x), 2.5 * 2048 * 2048 * 22),
     }

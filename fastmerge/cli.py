@@ -217,6 +217,10 @@ def bench(
         typer.Argument(metavar="[OP]... | compare A.jsonl B.jsonl...", help="Operators; all without one."),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All sizes.")] = False,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="The sizes whose names hold TEXT.")] = "",
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Time only this: cpu, torch, reference, ... (repeatable).")
+    ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="The references under torch.compile too.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     budget: Annotated[float, typer.Option(min=0.01, help="Seconds per call and size.")] = 1.0,
@@ -236,7 +240,10 @@ def bench(
             return
         from .benchmarks.run import run
 
-        run(names or (), full=full, compiled=compile_, device=device, budget=budget, save=save)
+        run(
+            names or (), full=full, compiled=compile_, device=device, budget=budget, save=save, only=only,
+            backends=backend or (),
+        )  # fmt: skip
 
 
 cli_align.register(app)

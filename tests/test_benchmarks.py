@@ -58,7 +58,10 @@ def test_every_backend_has_a_row_or_a_reason():
         assert r.p20_s <= r.p50_s <= r.p80_s
         assert r.calls >= 3
         assert r.bytes_per_s == pytest.approx(1024 / r.p50_s)
-        assert r.of_ceiling == pytest.approx(1024 / 10e9 / r.p50_s)
+        # Copying is measured again beside the calls, in the same rounds.
+        assert r.ceilings["copy"] != LIMITS["copy"]
+        assert {**r.ceilings, "copy": 0} == {**LIMITS, "copy": 0}
+        assert r.of_ceiling == pytest.approx(1024 / r.ceilings["copy"] / r.p50_s)
         assert r.bound == "memory"
     assert rows["reference"].speedup == 1.0
     for name in ("triton", "cuda", "cupy", "torch.compile", "cupy.something"):
@@ -74,6 +77,26 @@ def test_the_nearer_ceiling_counts():
     r = run.row(bench, bench.variants[0], "cpu", t, t, LIMITS, ENV)
     assert r.bound == "compute"
     assert r.of_ceiling == pytest.approx(2000 / 200e9 / 1e-8)
+
+
+def test_an_operator_that_only_reads_is_compared_with_reads():
+    bench = Bench("weighted_sum", (Variant("v", SMALL.variants[0].make, bytes=12, flops=0),), ceiling="read")
+    t = run.Times(0.9e-8, 1e-8, 1.1e-8, 3)
+    assert run.row(bench, bench.variants[0], "cpu", t, t, LIMITS, ENV).of_ceiling == pytest.approx(12 / 12e9 / 1e-8)
+
+
+def test_sizes_and_backends_can_be_picked(monkeypatch):
+    bench = Bench(SMALL.op, (*SMALL.variants, Variant("the other", SMALL.variants[0].make, 1024, quick=False)))
+    monkeypatch.setattr(run, "load", lambda _: bench)
+    monkeypatch.setattr(run, "ceilings", lambda *_: LIMITS)
+    said = io.StringIO()
+    picked = {"only": "other", "backends": ["cpu"], "budget": 0.01, "console": Console(file=said, width=120)}
+    rows = run.run(["weighted_sum"], **picked)
+    assert {r.variant for r in rows} == {"the other"}
+    assert [r.backend for r in rows if r.skipped is None] == ["cpu"]
+    assert next(r for r in rows if r.backend == "reference").skipped == "left out by --backend"
+    assert next(r for r in rows if r.backend == "cpu").speedup is None
+    assert "the other" in said.getvalue()
 
 
 def test_the_gate_names_what_disagrees():

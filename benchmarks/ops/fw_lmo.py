@@ -48,4 +48,5 @@ BENCH = Bench(
         _mixed(torch.float16, torch.float16),
     ),
     {"torch": loop},
+    ceiling="read",
 )

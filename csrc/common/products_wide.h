@@ -1,5 +1,5 @@
 // The tiles of block_sum.h with AVX-512: the same sums in the same order, so the same bits, with the conversions of
-// wide.h. Up to four arrays pass a tile together: their streams advance side by side, more lines are on their way from
+// wide.h. Up to eight arrays pass a tile together: their streams advance side by side, more lines are on their way from
 // memory at once, and one load of the gradient serves all of them.
 #pragma once
 #include "block_sum.h"
@@ -7,11 +7,12 @@
 
 namespace fastmerge {
 
-constexpr int kTogether = 4;  // arrays; half as many with squares: 16 registers of sums either way
+constexpr int kTogether = 8;         // arrays; their sums are 32 registers, so a few live in L1: it does not show
+constexpr int kTogetherSquares = 4;  // arrays of which squares are taken too: as many sums
 
 #ifdef FASTMERGE_AVX512
-// Bytes, into L2: 2 to 4 KB take the same time, 1 is slower, and into L1 all are.
-constexpr std::int64_t kFetchAhead = 2048;
+// Bytes, into L2: 8 to 32 KB take the same time, 2 up to 5 % more, 1 more still; into L1 all do.
+constexpr std::int64_t kFetchAhead = 8192;
 
 namespace detail {
 // Sums of four registers added to 64 lanes.
@@ -26,19 +27,19 @@ FM_AVX512 void products_avx512(const float* g, const std::uintptr_t* address, st
                                float* lanes) {
   __m512 dot[K][4], square[K][4];
   const T* x[K];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k) {
     x[k] = reinterpret_cast<const T*>(address[k]) + at;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) dot[k][j] = square[k][j] = _mm512_setzero_ps();
   }
   for (std::int64_t i = 0; i < n; i += kLanes) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) prefetch_lines(x[k] + i, kFetchAhead, kLanes * sizeof(T));
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const __m512 a = _mm512_loadu_ps(g + i + 16 * j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
         const __m512 v = load16(x[k] + i + 16 * j);
         dot[k][j] = _mm512_add_ps(dot[k][j], _mm512_mul_ps(a, v));
@@ -46,7 +47,7 @@ FM_AVX512 void products_avx512(const float* g, const std::uintptr_t* address, st
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k) {
     add_to_lanes(lanes + 2 * k * kLanes, dot[k]);
     if (kSquares) add_to_lanes(lanes + (2 * k + 1) * kLanes, square[k]);
@@ -56,11 +57,13 @@ FM_AVX512 void products_avx512(const float* g, const std::uintptr_t* address, st
 template <class T>
 void products_wide(const float* g, const std::uintptr_t* x, std::size_t count, bool squares, std::int64_t at,
                    std::int64_t n, float* lanes) {
-  if (squares) return (count == 1 ? products_avx512<T, 1, true> : products_avx512<T, 2, true>)(g, x, at, n, lanes);
   using F = void (*)(const float*, const std::uintptr_t*, std::int64_t, std::int64_t, float*);
-  static constexpr F each[] = {products_avx512<T, 1, false>, products_avx512<T, 2, false>, products_avx512<T, 3, false>,
-                               products_avx512<T, 4, false>};
-  each[count - 1](g, x, at, n, lanes);
+  static constexpr F dots[] = {products_avx512<T, 1, false>, products_avx512<T, 2, false>, products_avx512<T, 3, false>,
+                               products_avx512<T, 4, false>, products_avx512<T, 5, false>, products_avx512<T, 6, false>,
+                               products_avx512<T, 7, false>, products_avx512<T, 8, false>};
+  static constexpr F both[] = {products_avx512<T, 1, true>, products_avx512<T, 2, true>, products_avx512<T, 3, true>,
+                               products_avx512<T, 4, true>};
+  (squares ? both : dots)[count - 1](g, x, at, n, lanes);
 }
 
 template <class T>
@@ -80,7 +83,7 @@ inline const float* load_wide(Dtype t, std::uintptr_t address, std::int64_t at, 
   return buffer;
 }
 
-// Arrays of one dtype, not float64; at most kTogether of them, half as many with squares. lanes: [count][2][64].
+// Arrays of one dtype, not float64; at most kTogether of them, kTogetherSquares with squares. lanes: [count][2][64].
 inline void add_products_wide(const float* g, Dtype t, const std::uintptr_t* x, std::size_t count, bool squares,
                               std::int64_t at, std::int64_t n, float* lanes) {
   dispatch(t, [&](auto zero) {

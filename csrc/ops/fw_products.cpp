@@ -2,10 +2,10 @@
 //
 // Story: a linear minimisation oracle reads K models; nothing may be read twice. A tile of the gradient is widened once
 // into L1, then every candidate's tile streams past it, widened in registers, its dot and its square in 64 lanes each:
-// with AVX-512 four candidates side by side, elsewhere one, while its next tile comes into L2. Blocks of 65536 elements
-// give one float32 sum per product; they are added to float64 totals in index order. A candidate may be a place in a
-// file: a block of it is read into a buffer that stays in L2, so that memory sees each byte once, as a plain read of
-// the file does, and the sums are those of the tensor in memory, bit for bit.
+// with AVX-512 eight candidates side by side, elsewhere one, while its next tile comes into L2. Blocks of 65536
+// elements give one float32 sum per product; they are added to float64 totals in index order. A candidate may be a
+// place in a file: a block of it is read into a buffer that stays in L2, so that memory sees each byte once, as a plain
+// read of the file does, and the sums are those of the tensor in memory, bit for bit.
 #include <array>
 #include <atomic>
 
@@ -59,7 +59,7 @@ void fold_tile(Dtype t, std::uintptr_t s, std::int64_t at, std::int64_t n, const
 
 // How many candidates from k on go together: of one dtype, all with squares or all without; one where it is in a file.
 std::size_t together(const Tensor& t, std::size_t k, const std::vector<int>& norms) {
-  const std::size_t most = std::min(t.s.size(), k + (norms[k] ? kTogether / 2 : kTogether));
+  const std::size_t most = std::min(t.s.size(), k + (norms[k] ? kTogetherSquares : kTogether));
   std::size_t end = k + 1;
   while (end < most && t.s_types[end] == t.s_types[k] && t.file(k) < 0 && t.file(end) < 0 &&
          (norms[end] != 0) == (norms[k] != 0))

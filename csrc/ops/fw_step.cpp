@@ -33,6 +33,8 @@ struct Tensor {
 };
 
 #ifdef FASTMERGE_AVX512
+constexpr std::int64_t kStepAhead = 2048;  // bytes fetched ahead of each of three streams
+
 // n elements from `at` on, a multiple of the lanes; the vertex is there, and the gradient, if any, is float32.
 template <class T, class S, bool kProducts>
 FM_AVX512 void tile_avx512(const Tensor& t, std::int64_t at, std::int64_t n, float* dot, float* square) {
@@ -44,9 +46,9 @@ FM_AVX512 void tile_avx512(const Tensor& t, std::int64_t at, std::int64_t n, flo
   for (int j = 0; j < 4; ++j) dots[j] = squares[j] = _mm512_setzero_ps();
   for (std::int64_t i = 0; i < n; i += kLanes) {
     if (kProducts) {  // three streams; the hardware keeps up with two
-      detail::prefetch_lines(theta + i, kFetchAhead, kLanes * sizeof(T));
-      detail::prefetch_lines(s + i, kFetchAhead, kLanes * sizeof(S));
-      detail::prefetch_lines(g + i, kFetchAhead, kLanes * sizeof(float));
+      detail::prefetch_lines(theta + i, kStepAhead, kLanes * sizeof(T));
+      detail::prefetch_lines(s + i, kStepAhead, kLanes * sizeof(S));
+      detail::prefetch_lines(g + i, kStepAhead, kLanes * sizeof(float));
     }
     __m512 y[4];
 #pragma GCC unroll 4

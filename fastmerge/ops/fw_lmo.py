@@ -46,7 +46,7 @@ def prepare(
         require_float("fw_lmo", **{f"gradients[{n}]": g})
         # Candidates may stay on the host and stream past a gradient on a GPU: only their shapes must match then.
         pool = [c[n] for c in candidates]
-        on_host = all(t.device.type == "cpu" for t in pool)
+        on_host = g.device.type != "cpu" and all(t.device.type == "cpu" for t in pool)
         require_like(
             "fw_lmo",
             g.to("meta") if on_host else g,
