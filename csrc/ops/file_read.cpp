@@ -1,29 +1,50 @@
 // Pieces of files into memory: all inputs of a chunk, or many short spans of one file, in one call without the
 // interpreter lock. A merge reads thousands of them, and asking for each from Python costs more than a short one takes.
+// NaN and Inf are counted on the way, while what was read is still in the core's own cache.
 #include <tuple>
 
 #include "common/export.h"
 #include "common/file_read.h"
+#include "common/nonfinite.h"
 
 namespace fastmerge {
 namespace {
 
-constexpr std::size_t kSpansAhead = 256;  // spans asked for before the first of them is read
+constexpr std::int64_t kCounted = 256 << 10;  // bytes that are read before they are looked at
+constexpr std::size_t kSpansAhead = 256;      // spans asked for before the first of them is read
 
 using Place = std::tuple<int, std::int64_t, std::int64_t>;  // file, position, bytes
 
-// {index, code} of the first piece that could not be read whole (code as of read_file), or {-1, 0}.
-std::pair<std::int64_t, int> read_pieces(const std::vector<Place>& places,
-                                         const std::vector<std::uintptr_t>& addresses) {
+struct Found {
+  std::int64_t failed = -1;  // the first piece that could not be read whole
+  int code = 0;              // why, as of read_file
+  std::vector<std::int64_t> nonfinite;
+};
+
+// types: of elements to look at, or -1 not to.
+Found read_pieces(const std::vector<Place>& places, const std::vector<std::uintptr_t>& addresses,
+                  const std::vector<int>& types) {
+  Found found;
+  found.nonfinite.resize(places.size());
   for (std::size_t i = 0; i < places.size(); ++i) {
     const auto& [fd, position, size] = places[i];
-    if (const int code = read_file(fd, position, size, pointer(addresses[i])))
-      return {static_cast<std::int64_t>(i), code};
+    const std::int64_t step = types[i] < 0 ? size : kCounted;
+    for (std::int64_t at = 0; at < size; at += step) {
+      const std::int64_t n = std::min(step, size - at);
+      if (const int code = read_file(fd, position + at, n, pointer<char>(addresses[i]) + at)) {
+        found.failed = static_cast<std::int64_t>(i);
+        found.code = code;
+        return found;
+      }
+      if (types[i] >= 0)
+        found.nonfinite[i] += count_nonfinite(addresses[i] + at, types[i], n / size_of(static_cast<Dtype>(types[i])));
+    }
   }
-  return {-1, 0};
+  return found;
 }
 
-// Spans of `size` bytes at each position, one after the other from `address` on.
+// Spans of `size` bytes at each position, one after the other from `address` on; {index, code} of the first that could
+// not be read, or {-1, 0}.
 std::pair<std::int64_t, int> read_spans(int fd, const std::vector<std::int64_t>& positions, std::int64_t size,
                                         std::uintptr_t address) {
   auto* to = pointer<char>(address);
@@ -41,7 +62,15 @@ std::pair<std::int64_t, int> read_spans(int fd, const std::vector<std::int64_t>&
 }  // namespace
 
 FASTMERGE_EXPORT(m) {
-  m.def("read_pieces", &read_pieces, NoGil());
+  m.def("read_pieces", [](const std::vector<Place>& places, const std::vector<std::uintptr_t>& addresses,
+                          const std::vector<int>& types) {
+    Found found;
+    {
+      py::gil_scoped_release free;
+      found = read_pieces(places, addresses, types);
+    }
+    return py::make_tuple(found.failed, found.code, std::move(found.nonfinite));
+  });
   m.def("read_spans", &read_spans, NoGil());
 }
 }  // namespace fastmerge

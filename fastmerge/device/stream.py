@@ -36,12 +36,13 @@ class DeviceStream(Stream):
             super().merge_each(visit, align)
             return
 
+        inspect = None if self._inspected else self._inspect
+
         def chunk(i: int) -> None:
             begin, end = pieces[i]
             with self.stage.slot() as slot:
                 host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
-                read_into(self._sources, begin, end, host)
-                self._look(begin, host)
+                read_into(self._sources, begin, end, host, inspect)
                 back, out = slot.result(self.out_dtype, end - begin)
                 base, models = self._split(there)
 
@@ -74,13 +75,13 @@ class DeviceStream(Stream):
             return super().collect(key, visit, dtype, then)
         whole = flat.view(self.shape)
         pieces = self.stage.pieces(self.numel) or []
+        inspect = None if self._inspected else self._inspect
 
         def chunk(i: int) -> None:
             begin, end = pieces[i]
             with self.stage.slot() as slot:
                 host, there = slot.inputs([s.dtype for s in self._sources], end - begin)
-                read_into(self._sources, begin, end, host)
-                self._look(begin, host)
+                read_into(self._sources, begin, end, host, inspect)
                 base, models = self._split(there)
                 here = flat[begin:end]
                 self.stage.merge(slot, lambda: _into(here, visit(begin, base, models, here)), there, [here], None, None)
@@ -118,10 +119,6 @@ class DeviceStream(Stream):
                 self.stage.merge(slot, work, [*there, here], [out], (back, out), lambda: self._put(begin, back))
 
         self.pool.each(len(pieces), chunk)
-
-    def _look(self, offset: int, host: list[Tensor]) -> None:
-        if self._inspect is not None and not self._inspected:
-            self._show(self._inspect, offset, *self._split(host))
 
     def _split(self, tensors: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         return (None, tensors) if self.base is None else (tensors[0], tensors[1:])

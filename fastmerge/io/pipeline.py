@@ -31,6 +31,7 @@ BLOCK = 65_536  # elements; chunks begin at multiples of it, and block sums are 
 CHUNK = 8 * BLOCK  # elements of one stream per worker, before memory limits
 
 Visit = Callable[[int, Tensor | None, list[Tensor]], None]
+Inspect = Callable[[str, int, Tensor], None]  # (model, offset, chunk)
 Merge = Callable[[int, Tensor | None, list[Tensor], Tensor | None], Tensor]  # (offset, base, models, out) -> values
 
 
@@ -155,16 +156,24 @@ class Source:
         return into
 
 
-def read_into(sources: Sequence[Source], begin: int, end: int, into: Sequence[Tensor]) -> None:
-    """Elements [begin, end) of every source into flat buffers of their dtypes; what is in files, in one go."""
+def read_into(
+    sources: Sequence[Source], begin: int, end: int, into: Sequence[Tensor], inspect: Inspect | None = None
+) -> None:
+    """Elements [begin, end) of every source into flat buffers of their dtypes; what is in files, in one go.
+
+    `inspect` is shown what has NaN or Inf, and what was not looked at on the way.
+    """
     pieces: list[Piece] = []
     for source, to in zip(sources, into, strict=True):
         if source.entry is not None:
             pieces.append((source.entry, begin, end, to))
         else:
             to.copy_(source.flat[begin:end])
-    if pieces:
-        sources[0].files.load(pieces)
+    counts = sources[0].files.load(pieces, count=inspect is not None) if pieces else None
+    found = iter(counts or [])
+    for source, to in zip(sources, into, strict=True):
+        if inspect is not None and (source.entry is None or counts is None or next(found)):
+            inspect(source.checkpoint.label, begin, to)
 
 
 class Stream:
@@ -184,7 +193,7 @@ class Stream:
         pool: Pool,
         put: Callable[[int, Tensor], None],
         place: Callable[[int, int], Tensor] | None = None,
-        inspect: Callable[[str, int, Tensor], None] | None = None,
+        inspect: Inspect | None = None,
         batch: Batch | None = None,
     ) -> None:
         self._batch = batch
@@ -203,15 +212,17 @@ class Stream:
         self.compute = torch.float64 if any(s.dtype == torch.float64 for s in inputs) else torch.float32
         self.resident = all(s.tensor is not None for s in inputs)
 
-    def _read(self, begin: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+    def _read(self, begin: int, end: int, inspect: Inspect | None = None) -> tuple[Tensor | None, list[Tensor]]:
         buffers, values, filed = self.pool.buffers, [], []
         for key, source in self._inputs():
             if source.entry is None:
                 values.append(source.read(begin, end, buffers, key))
+                if inspect is not None:
+                    inspect(source.checkpoint.label, begin, values[-1])
             else:
                 values.append(buffers.get(key, end - begin, source.dtype))
                 filed.append((source, values[-1]))
-        read_into([s for s, _ in filed], begin, end, [into for _, into in filed])
+        read_into([s for s, _ in filed], begin, end, [into for _, into in filed], inspect)
         return (None, values) if self.base is None else (values[0], values[1:])
 
     def _inputs(self) -> list[tuple[str, Source]]:
@@ -244,12 +255,10 @@ class Stream:
         Chunks begin at multiples of `block` elements and of `align` (rows, say).
         """
         pieces = list(self.chunks(align, block))
-        show = self._inspect if not self._inspected else None
+        inspect = None if self._inspected else self._inspect
 
         def task(i: int) -> None:
-            base, models = self._read(*pieces[i])
-            if show is not None:
-                self._show(show, pieces[i][0], base, models)
+            base, models = self._read(*pieces[i], inspect)
             visit(pieces[i][0], base, models)
 
         self.pool.each(len(pieces), task)
@@ -304,33 +313,27 @@ class Stream:
             raise ValueError(f"{self.name}: there is no base to add")
         return self.base
 
-    def _show(
-        self, show: Callable[[str, int, Tensor], None], offset: int, base: Tensor | None, models: list[Tensor]
-    ) -> None:
-        """Show every input chunk to the engine's NaN policy; done once per tensor, on its first full pass."""
-        if base is not None and self.base is not None:
-            show(self.base.checkpoint.label, offset, base)
-        for source, m in zip(self.models, models, strict=True):
-            show(source.checkpoint.label, offset, m)
-
     def whole(self) -> tuple[Tensor | None, list[Tensor]]:
         """All elements in the tensor's shape; from files, into buffers that the next tensor reuses."""
+        inspect = None if self._inspected else self._inspect
 
         def read(source: Source, key: str) -> Tensor:
             if source.tensor is not None:
+                if inspect is not None:
+                    inspect(source.checkpoint.label, 0, source.tensor)
                 return source.tensor
             flat = self.pool.buffers.get("whole " + key, self.numel, source.dtype)
-            assert source.entry is not None
-            entry = source.entry
             pieces = list(self.chunks())
-            self.pool.each(len(pieces), lambda i: source.files.load([(entry, *pieces[i], flat[slice(*pieces[i])])]))
+
+            def task(i: int) -> None:
+                read_into([source], *pieces[i], [flat[slice(*pieces[i])]], inspect)
+
+            self.pool.each(len(pieces), task)
             return flat.view(self.shape)
 
         base = None if self.base is None else read(self.base, "base")
         models = [read(m, f"model{i}") for i, m in enumerate(self.models)]
-        if self._inspect is not None and not self._inspected:
-            self._show(self._inspect, 0, base, models)
-            self._inspected = True
+        self._inspected = True
         return base, models
 
     def buffer(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -50,6 +50,24 @@ def test_pieces_and_spans(files, state, tmp_path):
     assert ticks == [3404, 3484, 3484, 3484]
 
 
+def test_nan_and_inf_are_counted_on_the_way(files, tmp_path):
+    x = torch.zeros(400_000).half()
+    x[[0, 131_071, 131_072, 399_999]] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]).half()
+    save_file(
+        {"x": x, "y": torch.full((3,), 65504.0).half(), "z": torch.tensor([1, torch.nan]).double()},
+        tmp_path / "f.safetensors",
+    )
+    entries = open_checkpoint(str(tmp_path / "f.safetensors")).entries
+    into = [
+        torch.empty(n, dtype=d) for n, d in ((400_000, torch.half), (3, torch.half), (2, torch.double), (9, torch.half))
+    ]
+    pieces = [(entries["x"], 0, 400_000), (entries["y"], 0, 3), (entries["z"], 0, 2), (entries["x"], 1, 10)]
+    pieces = [(*p, to) for p, to in zip(pieces, into, strict=True)]
+    assert files.load(pieces, count=True) == (None if _native.why_not() else [4, 0, 1, 0])
+    assert files.load(pieces) is None
+    assert_same_bits(into[0], x)
+
+
 def test_a_file_that_became_shorter(files, state, tmp_path):
     entries = open_checkpoint(str(tmp_path)).entries
     last = max(entries.values(), key=lambda e: e.begin)
