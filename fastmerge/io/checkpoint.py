@@ -94,6 +94,8 @@ class Checkpoint:
 def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any] | None = None) -> Checkpoint:
     """A checkpoint over tensors in memory; names that share one storage view become aliases of the first.
 
+    Raises BadInput for what is not a dense tensor with its data here, as a DTensor.
+
     config: what config.json would say of the model, where that is known.
     """
     out = Checkpoint(label, None, _config=config)
@@ -108,8 +110,18 @@ def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any]
         value = value.detach()
         if value.layout != torch.strided:
             raise BadInput(f"tensor {name!r} has layout {value.layout}", where=label, remedy="pass dense tensors")
+        if hasattr(value, "to_local") and hasattr(value, "placements"):
+            raise BadInput(
+                f"tensor {name!r} is a DTensor",
+                where=label,
+                remedy="gather it first (t.full_tensor()), or give a path; only Frank-Wolfe's base may be sharded",
+            )
+        held = bool(value.numel() and value.untyped_storage().data_ptr())  # not so for what FSDP freed, or on meta
+        if value.numel() and not held and value.device.type != "meta":  # those are told apart by device, later
+            raise BadInput(f"tensor {name!r} holds no data", where=label, remedy="load or gather the weights first")
+        value = value.resolve_neg()  # torch's lazy negation: a view with its base's address and strides
         key = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        if value.numel() and key in seen:
+        if held and key in seen:
             out.aliases[name] = seen[key]
         else:
             seen[key] = name

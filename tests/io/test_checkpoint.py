@@ -152,3 +152,38 @@ def test_pickles_need_permission_and_load_weights_only(tmp_path):
 def test_state_dict_entries_must_be_tensors():
     with pytest.raises(BadInput, match="'x' is a int"):
         from_state_dict({"x": 3}, "model 0")
+
+
+def test_only_names_of_the_same_view_are_tied():
+    x = torch.arange(12.0).view(3, 4)
+    views = {
+        "x": x, "the same": x.view(3, 4), "transposed": x.t(), "first row": x[0], "row at an offset": x[1],
+        "first row again": x.view(-1)[:4], "negated": torch._neg_view(x), "other dtype": x.view(torch.int32),
+        "empty": x[:0], "empty too": x[:0],
+    }  # fmt: skip
+    checkpoint = from_state_dict(views, "model 0")
+    assert checkpoint.aliases == {"the same": "x", "first row again": "first row"}
+    for name in set(views) - set(checkpoint.aliases):
+        assert torch.equal(checkpoint.resident[name], views[name])
+    assert not checkpoint.resident["negated"].is_neg()
+
+
+def test_tensors_without_data_here_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    # All of them have the address 0, so that equal shapes would look tied.
+    assert not from_state_dict({n: torch.empty(3, device="meta") for n in "ab"}, "model 0").aliases
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(BadInput, match="'a' holds no data"):
+        from_state_dict({"a": freed}, "model 0")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state = {n: distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]) for n in "ab"}
+        with pytest.raises(BadInput, match="'a' is a DTensor"):
+            from_state_dict(state, "model 0")
+    finally:
+        torch.distributed.destroy_process_group()
