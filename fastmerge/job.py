@@ -133,7 +133,9 @@ class Job:
             if count:
                 self._found_nonfinite(label, tensor.name, offset, chunk, count)
 
-        make: Callable[..., Stream] = Stream if stage is None else functools.partial(DeviceStream, stage=stage)
+        make: Callable[..., Stream] = Stream
+        if stage is not None:
+            make = functools.partial(DeviceStream, stage=stage, one_call=self.method.one_call)
         return make(
             tensor.name, tensor.base, tensor.models,
             parameters=tensor.plan.parameters, out_dtype=tensor.dtype, start=tensor.start,

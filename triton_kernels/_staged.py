@@ -56,7 +56,7 @@ def one_tile_kernel(
         pi = tl.dot(x, tl.load(rows + PW * PW), input_precision=PRECISION)
         fr, fi = _roots(tall_ptr, PH, PH, 1)
         qr, qi = _times(fr, fi, pr, pi, PRECISION)
-        factor = _factor(bounds_ptr, ring_ptr, rings, i, c[None, :], height, width, TABLES, 0) * share
+        factor = _factor(bounds_ptr, ring_ptr, rings, i, c[None, :], height, width, 0, TABLES) * share
         dr, di = _times(fr, -fi, qr * factor, qi * factor, PRECISION)
         back = wide_ptr + c[:, None] * PW + j
         low = tl.dot(dr, tl.load(back), low, input_precision=PRECISION)
@@ -97,24 +97,24 @@ def rows_forward_kernel(
 
 @jit
 def _there_and_back(
-    br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, ky1, kx, start, height, width, H1, H2, share,
-    TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P2: tl.constexpr, STEP: tl.constexpr,
+    br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, ky1, kx, start, height, width, H1, H2, share, keep,
+    TABLES: tl.constexpr, PRECISION: tl.constexpr, P2: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """STEP frequencies of the second stage: forward, times the factor, and what they give back, added to (dr, di)."""
     ky2 = start + tl.arange(0, STEP)[None, :]
     s = second_ptr + tl.arange(0, P2)[:, None] * P2 + ky2
     cr, ci = _times(br, bi, tl.load(s), tl.load(s + P2 * P2), PRECISION)  # [(ky1, block), ky2]
     ky = tl.where((ky1 < H1) & (ky2 < H2), ky1 + H1 * ky2, height)
-    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES, KEEP) * share
+    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, keep, TABLES) * share
     tl.debug_barrier()  # the table is read again, instead of held in registers that spill
     s = second_ptr + (start + tl.arange(0, STEP)[:, None]) * P2 + tl.arange(0, P2)[None, :]
     return _add_product(dr, di, cr * factor, ci * factor, tl.load(s), -tl.load(s + P2 * P2), PRECISION)
 
 
-@jit(do_not_specialize=["rings"])
+@jit(do_not_specialize=["rings", "keep"])
 def columns_kernel(
-    spectrum_ptr, first_ptr, twiddle_ptr, second_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, blocks, share,
-    TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    spectrum_ptr, first_ptr, twiddle_ptr, second_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, blocks, share, keep,
+    TABLES: tl.constexpr, PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Two columns (of neighbouring blocks): transform, gain, transform back, in place."""
@@ -147,12 +147,12 @@ def columns_kernel(
         for start in tl.range(0, H2, STEP):
             dr, di = _there_and_back(
                 br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, line // 2, kx, start, height, width, H1, H2, share,
-                TABLES, KEEP, PRECISION, P2, STEP,
+                keep, TABLES, PRECISION, P2, STEP,
             )  # fmt: skip
     else:
         dr, di = _there_and_back(
             br, bi, dr, di, second_ptr, bounds_ptr, ring_ptr, rings, line // 2, kx, 0, height, width, H1, H2, share,
-            TABLES, KEEP, PRECISION, P2, STEP,
+            keep, TABLES, PRECISION, P2, STEP,
         )  # fmt: skip
     tl.debug_barrier()  # so that the tables are read again, instead of held in registers that spill
     fr, fi = _roots(first_ptr, P1, P1, 1)
@@ -220,17 +220,16 @@ def three_launches(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, 
     if rows.n3 > 1:
         forward, back = long_rows_forward_kernel, long_rows_back_kernel
         sizes, lines = tuple(rows), (three_tables(rows, device),)
-        meta = {"P": LONG, "WHOLE": int(rows.n2 == LONG), "LANES": lanes()[0]}
-        grid, few = (-(-height // meta["LANES"]), batch), {}
+        meta, few = {"P": LONG, "WHOLE": int(rows.n2 == LONG), "LANES": lanes()[0]}, {}
     else:
         forward, back = rows_forward_kernel, rows_back_kernel
         p1, p2 = rows.padded
         sizes, lines = rows[:2], (matrix(rows.n1, p1, device), twiddles(rows, device), matrix(rows.n2, p2, device))
-        meta = {"P1": p1, "P2": p2}
-        grid, few = (pairs, batch), {"Q": min(padded(plan.blocks), p2)}
+        meta, few = {"P1": p1, "P2": p2}, {"Q": min(padded(plan.blocks), p2)}
+    grid = (pairs, batch)
     always = {"PRECISION": precision, "device": device, "num_warps": warps(8)}
     launch(forward, grid, *source, *lines, spectrum, bad, height, *sizes, plan.blocks, **few, **meta, **always, **flags)
-    _columns(plan, spectrum, mask, batch, {"TABLES": tables, "KEEP": keep, **always})
+    _columns(plan, spectrum, mask, batch, {"TABLES": tables, **always})
     launch(back, grid, *source, *lines, spectrum, bad, out, height, *sizes, plan.blocks,
            ADD_BASE=add_base, KEEP=keep, **meta, **always, **flags)  # fmt: skip
 
@@ -246,13 +245,13 @@ def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[st
         at_once = lanes()[1]
         launch(
             long_columns_kernel, (n1 * plan.blocks // at_once, batch), spectrum, three_tables(tall, device), *upon, mask.height,
-            mask.width, n1, *tall, *tall[1:], plan.blocks, share, P=LONG, LANES=at_once, **meta,
+            mask.width, n1, *tall, *tall[1:], plan.blocks, share, int(plan.keep), P=LONG, LANES=at_once, **meta,
         )  # fmt: skip
         return
     h1, h2 = tall.padded
     launch(
         columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, matrix(tall.n1, h1, device), twiddles(tall, device),
-        matrix(tall.n2, h2, device), *upon, mask.height, mask.width, n1, tall.n1, tall.n2, plan.blocks, share,
+        matrix(tall.n2, h2, device), *upon, mask.height, mask.width, n1, tall.n1, tall.n2, plan.blocks, share, int(plan.keep),
         P1=h1, P2=h2, STEP=h2 if hopper else 16,  # in pieces, so that registers suffice; Hopper wants it whole
         **meta,
     )  # fmt: skip

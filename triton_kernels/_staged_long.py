@@ -5,8 +5,9 @@ With n = n1·n2·n3, j = (j1·n2 + m1)·n3 + m2 and k = k1 + n1·(q1 + n2·q2):
     jk/n = j1·k1/n1 + [m1·k1/(n1·n2) + m2·k1/n] + m1·q1/n2 + m2·q1/(n2·n3) + m2·q2/n3    (mod 1)
 
 three products with [16, 16] matrices, and twiddles between them that come from three tables of that size. Six tables are
-one tensor, see `tables`. The two rows or columns of a program are `lane`, an index that goes along; where registers do not
-suffice for two (`lanes`) a program takes one, and its neighbour the other half of each sector, through the L2 cache.
+one tensor, see `tables`. The two rows or columns of a program are `lane`, an index that goes along, where registers suffice
+(`lanes`). Else rows go one after the other, the second one's bins or the first one's waiting. Columns would have twice as
+much waiting, which spills: a program takes one, and its neighbour the other half of each sector, through the L2 cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def tables(s: Stages, device: torch.device) -> Tensor:
 
 
 def lanes() -> tuple[int, int]:
-    """(rows, columns) of a program: what the compiled kernels have registers for."""
+    """(rows, columns) at a time: what the compiled kernels have registers for."""
     if INTERPRETING or target().backend != "cuda":
         return 2, 2
     return {10: (2, 2), 12: (1, 1)}.get(target().arch // 10, (2, 1))
@@ -98,15 +99,15 @@ def _coarser(cr, ci, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES
 
 
 @jit
-def _place(first, N2, N3, blocks, WHOLE: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
-    """Where (q2, q1 / 2, lane, q1 % 2, (re, im)) of the rows first, ... lie within a pair's blocks; which of them exist."""
-    e = tl.arange(0, 2 * LANES * P * P)[None, :]
-    if WHOLE and LANES == 2:  # n2 = P: in order
+def _place(N2, N3, blocks, WHOLE: tl.constexpr, P: tl.constexpr):
+    """Where (q2, q1 / 2, lane, q1 % 2, (re, im)) of two rows lie within a pair's blocks; which of them exist."""
+    e = tl.arange(0, 4 * P * P)[None, :]
+    if WHOLE:  # n2 = P: in order
         return e, e < 4 * blocks
     else:
-        q1, q2 = e // (4 * LANES) % (P // 2) * 2 + e // 2 % 2, e // (2 * LANES * P)
+        q1, q2 = e // 8 % (P // 2) * 2 + e // 2 % 2, e // (4 * P)
         q = q1 + N2 * q2
-        return q // 2 * 8 + (first + e // 4 % LANES) % 2 * 4 + q % 2 * 2 + e % 2, (q1 < N2) & (q2 < N3) & (q < blocks)
+        return q // 2 * 8 + e // 4 % 2 * 4 + q % 2 * 2 + e % 2, (q1 < N2) & (q2 < N3) & (q < blocks)
 
 
 @jit
@@ -119,27 +120,44 @@ def _rows(first, batch, height, N1, N2, N3, P: tl.constexpr, LANES: tl.constexpr
     return (batch * height + first) * width, lane * width + (j1 * N2 + m1) * N3 + m2, ok
 
 
+@jit
+def _forward(x, tables_ptr, bad, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """The transforms [(row, q1, k1), q2] of rows [(row, m1, m2), j1]; notes a NaN or an Inf."""
+    if tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0) > 0:
+        tl.atomic_max(bad, 1)
+    fr, fi = _square(tables_ptr, 0, P)
+    ar = tl.dot(x, fr, input_precision=PRECISION)  # [(row, m1, m2), k1]
+    ai = tl.dot(x, fi, input_precision=PRECISION)
+    return _finer(ar, ai, tables_ptr, PRECISION, P, LANES)
+
+
 @jit(do_not_specialize=["weights"])
 def long_rows_forward_kernel(
     base_ptr, model_ptrs, weights, tables_ptr, spectrum_ptr, bad_ptr, height, N1, N2, N3, blocks,
     HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The first `blocks` blocks of N1 columns of the transforms of LANES rows; notes a NaN or an Inf."""
-    first, batch = tl.program_id(0) * LANES, tl.program_id(1).to(tl.int64)
-    start, at, ok = _rows(first, batch, height, N1, N2, N3, P, LANES)
-    x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
-    if tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0) > 0:
-        tl.atomic_max(bad_ptr + batch, 1)
-    fr, fi = _square(tables_ptr, 0, P)
-    ar = tl.dot(x, fr, input_precision=PRECISION)  # [(row, m1, m2), k1]
-    ai = tl.dot(x, fi, input_precision=PRECISION)
-    cr, ci = _finer(ar, ai, tables_ptr, PRECISION, P, LANES)  # [(row, q1, k1), q2]
+    """The first `blocks` blocks of N1 columns of the transforms of two rows, LANES at a time."""
+    pair, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if LANES == 2:
+        start, at, ok = _rows(2 * pair, batch, height, N1, N2, N3, P, 2)
+        x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
+        cr, ci = _forward(x, tables_ptr, bad_ptr + batch, PRECISION, P, 2)
+        value = tl.join(cr, ci).reshape(2, P // 2, 2, P, P, 2)  # [row, q1 / 2, q1 % 2, k1, q2, (re, im)]
+    else:
+        vr = tl.zeros((P * P, P), tl.float32)
+        vi, wr, wi = vr, vr, vr
+        for lane in tl.range(0, 2):  # the first one's result waits: whole sectors
+            start, at, ok = _rows(2 * pair + lane, batch, height, N1, N2, N3, P, 1)
+            x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
+            cr, ci = _forward(x, tables_ptr, bad_ptr + batch, PRECISION, P, 1)
+            vr, vi, wr, wi = wr, wi, cr, ci
+        value = tl.join(tl.join(vr, vi), tl.join(wr, wi)).reshape(P // 2, 2, P, P, 2, 2).permute(5, 0, 1, 2, 3, 4)
     # -> [k1, (q2, q1 / 2, row, q1 % 2, (re, im))]
-    value = tl.join(cr, ci).reshape(LANES, P // 2, 2, P, P, 2).permute(3, 4, 1, 0, 2, 5).reshape(P, 2 * LANES * P * P)
-    e, stored = _place(first, N2, N3, blocks, WHOLE, P, LANES)
+    value = value.permute(3, 4, 1, 0, 2, 5).reshape(P, 4 * P * P)
+    e, stored = _place(N2, N3, blocks, WHOLE, P)
     k1 = tl.arange(0, P)[:, None]
-    line = ((batch * ((height + 1) // 2) + first // 2) * N1 + k1) * (4 * blocks)
+    line = ((batch * tl.num_programs(0) + pair) * N1 + k1) * (4 * blocks)
     tl.store(spectrum_ptr + line + e, value, mask=(k1 < N1) & stored)
 
 
@@ -152,10 +170,10 @@ def _columns(first, H1, H2, H3, stride, P: tl.constexpr, LANES: tl.constexpr):
     return h // 2 * stride + h % 2 * 4 + block // 2 * 8 + block % 2 * 2 + j % 2, (h1 < H1) & (m1 < H2) & (m2 < H3)
 
 
-@jit(do_not_specialize=["rings", "H2_AGAIN", "H3_AGAIN"])
+@jit(do_not_specialize=["rings", "keep", "H2_AGAIN", "H3_AGAIN"])
 def long_columns_kernel(
     spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, H2_AGAIN, H3_AGAIN, blocks, share,
-    TABLES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
+    keep, TABLES: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """LANES columns (of neighbouring blocks): transform, gain, transform back, in place.
 
@@ -177,14 +195,23 @@ def long_columns_kernel(
     ky = tl.where((q1 < H2) & (ky1 < H1) & (q2 < H3), ky1 + H1 * (q1 + H2 * q2), height)
     kx = k1 + N1 * (first + line // (P * P))
     tl.debug_barrier()
-    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES, KEEP) * share
+    factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, keep, TABLES) * share
     tl.debug_barrier()
     ar, ai = _coarser(cr * factor, ci * factor, tables_ptr, PRECISION, P, LANES)
     fr, fi = _square(tables_ptr, 0, P)
-    yr, yi = _product(ar, ai, fr, -fi, PRECISION)  # [(lane, m1, m2), h1]
+    yr, yi = _product(ar, ai, fr, -fi, PRECISION)
     y = tl.join(yr, yi).reshape(LANES, P * P, P, 2).permute(1, 0, 3, 2).reshape(2 * LANES * P * P, P)
     place, ok = _columns(first, H1, H2_AGAIN, H3_AGAIN, N1 * 4 * blocks, P, LANES)
     tl.store(here + place, y, mask=ok)
+
+
+@jit
+def _back(cr, ci, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """Rows [(row, m1, m2), j1] of spectra [(row, q1, k1), q2]."""
+    ar, ai = _coarser(cr, ci, tables_ptr, PRECISION, P, LANES)  # [(row, m1, m2), k1]
+    fr, fi = _square(tables_ptr, 0, P)
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    return tl.dot(ai, fi, y, input_precision=PRECISION)
 
 
 @jit(do_not_specialize=["weights"])
@@ -194,20 +221,28 @@ def long_rows_back_kernel(
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = (base +) delta − what the columns give for LANES rows; KEEP: (base +) what they give."""
-    first, batch = tl.program_id(0) * LANES, tl.program_id(1).to(tl.int64)
+    """out = (base +) delta − what the columns give for two rows, LANES at a time; KEEP: (base +) what they give."""
+    pair, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k1 = tl.arange(0, P)[:, None]
-    e, stored = _place(first, N2, N3, blocks, WHOLE, P, LANES)
-    line = ((batch * ((height + 1) // 2) + first // 2) * N1 + k1) * (4 * blocks)
+    e, stored = _place(N2, N3, blocks, WHOLE, P)
+    line = ((batch * tl.num_programs(0) + pair) * N1 + k1) * (4 * blocks)
     value = tl.load(spectrum_ptr + line + e, mask=(k1 < N1) & stored, other=0.0)
-    # [k1, (q2, q1 / 2, row, q1 % 2, (re, im))] -> [(row, q1, k1), q2]
-    value = value.reshape(P, P, P // 2, LANES, 2, 2).permute(3, 2, 4, 0, 1, 5)
-    cr, ci = value.reshape(LANES * P * P, P, 2).split()
-    ar, ai = _coarser(cr, ci, tables_ptr, PRECISION, P, LANES)  # [(row, m1, m2), k1]
-    fr, fi = _square(tables_ptr, 0, P)
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, y, input_precision=PRECISION)
-    start, at, ok = _rows(first, batch, height, N1, N2, N3, P, LANES)
-    if KEEP == 0:
-        y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
-    _finish(base_ptr + start, out_ptr + start, at, ok, y, tl.load(bad_ptr + batch) != 0, ADD_BASE)
+    value = value.reshape(P, P, P // 2, 2, 2, 2)  # [k1, q2, q1 / 2, row, q1 % 2, (re, im)]
+    bad = tl.load(bad_ptr + batch) != 0
+    if LANES == 2:
+        cr, ci = value.permute(3, 2, 4, 0, 1, 5).reshape(2 * P * P, P, 2).split()
+        y = _back(cr, ci, tables_ptr, PRECISION, P, 2)
+        start, at, ok = _rows(2 * pair, batch, height, N1, N2, N3, P, 2)
+        if KEEP == 0:
+            y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
+        _finish(base_ptr + start, out_ptr + start, at, ok, y, bad, ADD_BASE)
+    else:
+        now, later = value.permute(2, 4, 0, 1, 5, 3).reshape(P * P, P, 2, 2).split()
+        for lane in tl.range(0, 2):
+            cr, ci = now.split()
+            y = _back(cr, ci, tables_ptr, PRECISION, P, 1)
+            start, at, ok = _rows(2 * pair + lane, batch, height, N1, N2, N3, P, 1)
+            if KEEP == 0:
+                y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
+            _finish(base_ptr + start, out_ptr + start, at, ok, y, bad, ADD_BASE)
+            now = later

@@ -123,8 +123,8 @@ def _roots(ptr, P: tl.constexpr, Q: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @jit
-def _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES: tl.constexpr, KEEP: tl.constexpr):
-    """1 − gain (KEEP: the gain) of bins from the integer bounds, times what a bin and its mirror weigh."""
+def _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, keep, TABLES: tl.constexpr):
+    """1 − gain (keep: the gain) of bins from the integer bounds, times what a bin and its mirror weigh."""
     ok = (ky < height) & (kx <= width // 2)
     count = tl.zeros(ky.shape, tl.int32) + kx * 0
     row = tl.minimum(ky, height - 1)
@@ -135,8 +135,7 @@ def _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, TABLES: tl.const
     for i in tl.range(0, rings):
         hit = (ky == tl.load(ring_ptr + 2 * i)) & (kx == tl.load(ring_ptr + 2 * i + 1))
         count += hit.to(tl.int32)
-    if KEEP == 0:
-        count = TABLES - count
+    count = tl.where(keep != 0, count, TABLES - count)
     twice = tl.where((kx == 0) | (2 * kx == width), 1, 2)
     return tl.where(ok, count * twice, 0).to(tl.float32)
 

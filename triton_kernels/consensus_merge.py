@@ -37,7 +37,8 @@ from ._jit import (
     wide_dtype,
     write,
 )
-from ._select import Segment, magnitude_key, select
+from ._select import Segment, select
+from ._select_kernels import magnitude_key
 from .random_mask import kept_at_random
 
 ALL, RULE, WINDOW, RANDOM, BYTES = range(5)  # what trims: nothing, one rule, two rules, draws, a byte mask

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._jit import INTERPRETING, block_size, jit, launch, read, tl, tl_dtype, triton, warps, wide_dtype
-from ._select import Segment, magnitude_key, select
+from ._select import Segment, select
+from ._select_kernels import magnitude_key
 
 ROW = 16384  # longest row that a program holds
 _BATCH = 256  # longer rows selected at a time: 4096 counters each

@@ -8,7 +8,7 @@ from ..errors import BadInput
 from ..io.pipeline import BLOCK
 
 CHUNK = 64 * BLOCK  # elements; a 16-bit chunk is 8 MiB, enough for a copy at full speed
-ALIGN = 256  # bytes; every input of a slot begins at a multiple
+ALIGN = 256  # bytes that an input of a slot may take beyond its elements
 SHARE = 0.8  # of the free device memory, without --max-vram: the rest is for fragments and others
 
 

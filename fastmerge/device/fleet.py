@@ -33,9 +33,14 @@ class Fleet:
         self.stages, self.pool = list(stages), pool
 
     def each(self, tensors: Sequence[T], size: Callable[[T], int], task: Callable[[T, Stage, Pool], None]) -> None:
-        """task(tensor, stage, pool) for every tensor, then every result stored; the first error stops all."""
+        """task(tensor, stage, pool) for every tensor, then every result stored; the first error stops all.
+
+        Small tensors come last, so that the slot that they fill together is not held while others pass.
+        """
         if len(self.stages) == 1:
-            self._share(tensors, self.stages[0], self.pool, task, threading.Event())
+            small = self.stages[0].small
+            ordered = sorted(tensors, key=lambda t: size(t) <= small)
+            self._share(ordered, self.stages[0], self.pool, task, threading.Event())
             return
         shares = assign([size(t) for t in tensors], len(self.stages))
         stop = threading.Event()
@@ -44,7 +49,8 @@ class Fleet:
         def drive(stage: Stage, share: list[int]) -> None:
             pool = Pool(workers, in_memory=self.pool.in_memory)
             try:
-                self._share([tensors[i] for i in share], stage, pool, task, stop)
+                ordered = sorted((tensors[i] for i in share), key=lambda t: size(t) <= stage.small)
+                self._share(ordered, stage, pool, task, stop)
             finally:
                 pool.close()
 

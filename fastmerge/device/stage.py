@@ -8,6 +8,9 @@ from one tensor to the next, and memory is slots x chunk, whatever the size of t
 The order, per chunk:  host reads files -> [up] copy in -> [compute] merge -> [down] copy back -> host stores the result,
 and the slot is free. `compute` waits for `up`, `down` for `compute`, the host for `down`. Nothing else needs ordering:
 a slot's memory is touched by one chunk at a time.
+
+Small tensors share a slot (a `Parcel`): one copy each way for all of them, and one launch where the operator has one for
+many tensors, since a launch costs more than they do. It leaves when it is full, or with the last tensor.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .budget import ALIGN, Budget
+from .._dispatch import Batch, batched
+from .budget import Budget
 from .protocol import Device
 
+WIDE = 16  # bytes: what lies in a slot begins at multiples, as the widest accesses need
 TRANSFORM = 4  # times its own size that a collected tensor takes while it is transformed (FFT: spectrum and workspace)
 
 
@@ -34,24 +40,35 @@ class Slot:
         self._host_in, self._there_in = device.pinned(budget.input_bytes), device.memory(budget.input_bytes)
         self._host_out, self._there_out = device.pinned(budget.output_bytes), device.memory(budget.output_bytes)
         self.used = 0  # bytes of the inputs' memory
+        self.given = 0  # of the result's
         self._event: object | None = None
         self._store: Callable[[], None] | None = None
 
     def inputs(self, dtypes: Sequence[torch.dtype], numel: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Flat tensors for the chunk's inputs: in pinned memory, and where they will be on the device."""
-        host, there, at = [], [], 0
+        """Flat tensors for inputs, after those given out: in pinned memory, and where they will be on the device."""
+        host, there, at = [], [], self.used
         for dtype in dtypes:
             size = numel * dtype.itemsize
             host.append(self._host_in[at : at + size].view(dtype))
             there.append(self._there_in[at : at + size].view(dtype))
-            at += -(-size // ALIGN) * ALIGN
+            at += -(-size // WIDE) * WIDE
         self.used = min(at, len(self._host_in))
         return host, there
 
     def result(self, dtype: torch.dtype, numel: int) -> tuple[Tensor, Tensor]:
-        """Flat tensors for the chunk's result: in pinned memory and on the device."""
-        size = numel * dtype.itemsize
-        return self._host_out[:size].view(dtype), self._there_out[:size].view(dtype)
+        """Flat tensors for a result, after those given out: in pinned memory and on the device."""
+        here = slice(self.given, self.given + numel * dtype.itemsize)
+        self.given = min(-(-here.stop // WIDE) * WIDE, len(self._host_out))
+        return self._host_out[here].view(dtype), self._there_out[here].view(dtype)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The bytes of all results given out."""
+        return self._host_out[: self.given], self._there_out[: self.given]
+
+    def fits(self, dtypes: Sequence[torch.dtype], out: torch.dtype, numel: int) -> bool:
+        """Whether a tensor's inputs and result have room beside what is given out."""
+        inputs = sum(-(-numel * d.itemsize // WIDE) * WIDE for d in dtypes)
+        return self.used + inputs <= len(self._host_in) and self.given + numel * out.itemsize <= len(self._host_out)
 
     def copy_in(self, stream: object) -> None:
         """Queue one copy of all inputs."""
@@ -66,6 +83,7 @@ class Slot:
         """Wait for the chunk under way, if any, and store its result."""
         event, store = self._event, self._store
         self._event = self._store = None
+        self.used = self.given = 0
         if event is not None:
             self.device.synchronize(event)
         if store is not None:
@@ -75,6 +93,18 @@ class Slot:
         """Wait for the chunk under way and drop its result."""
         self._store = None
         self.settle()
+
+
+@dataclass
+class Parcel:
+    """Small tensors in one slot: what is to be done with each, in order."""
+
+    slot: Slot
+    numel: int = 0
+    work: list[Callable[[Batch], None]] = field(default_factory=list)
+    store: list[Callable[[], None]] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
+    writes: list[Tensor] = field(default_factory=list)
 
 
 class Stage:
@@ -87,25 +117,64 @@ class Stage:
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._work: dict[str, Tensor] = {}
         self._lock = threading.Lock()
+        self._parcel: Parcel | None = None  # of the thread that gives the stage its tensors
+        self.small = min(Batch.SMALL, budget.chunk)  # elements up to which a tensor shares a slot
         self.bytes_up = 0
         self.bytes_down = 0
         self.left_out: dict[str, int] = {}  # tensors merged on the CPU, with the bytes they would have needed
 
+    def _take(self) -> Slot:
+        with self._lock:
+            if len(self._every) < self.budget.slots:
+                self._every.append(Slot(self.device, self.budget))
+                return self._every[-1]
+        slot = self._free.get()
+        try:
+            slot.settle()
+        except BaseException:
+            self._free.put(slot)
+            raise
+        return slot
+
     @contextmanager
     def slot(self) -> Iterator[Slot]:
         """The slot that has been under way longest, settled; it goes to the end of the line."""
-        slot: Slot | None = None
-        with self._lock:
-            if len(self._every) < self.budget.slots:
-                slot = Slot(self.device, self.budget)
-                self._every.append(slot)
-        if slot is None:
-            slot = self._free.get()
+        slot = self._take()
         try:
-            slot.settle()
             yield slot
         finally:
             self._free.put(slot)
+
+    def parcel(self, dtypes: Sequence[torch.dtype], out: torch.dtype, numel: int) -> Parcel:
+        """The parcel that a tensor of at most `small` elements, with inputs of these dtypes, goes in."""
+        held = self._parcel
+        if held is not None and (held.numel + numel > self.budget.chunk or not held.slot.fits(dtypes, out, numel)):
+            self.send()
+            held = None
+        if held is None:
+            self._parcel = held = Parcel(self._take())
+        held.numel += numel
+        return held
+
+    def send(self) -> None:
+        """Queue the parcel, if there is one."""
+        parcel, self._parcel = self._parcel, None
+        if parcel is None:
+            return
+
+        def work() -> None:
+            with batched() as batch:
+                for one in parcel.work:
+                    one(batch)
+
+        def store() -> None:
+            for one in parcel.store:
+                one()
+
+        try:
+            self.merge(parcel.slot, work, parcel.reads, parcel.writes, parcel.slot.results(), store)
+        finally:
+            self._free.put(parcel.slot)
 
     def pieces(self, numel: int, align: int = 1) -> list[tuple[int, int]] | None:
         """(begin, end) of the chunks of a tensor, beginning at multiples of `align`; None when a row is too long."""
@@ -160,12 +229,14 @@ class Stage:
         return held[:nbytes].view(dtype)
 
     def flush(self) -> None:
-        """Wait for every chunk under way and store its result. Not while workers are in `slot`."""
+        """Send the parcel, wait for every chunk under way and store its result. Not while workers are in `slot`."""
+        self.send()
         for _ in self._every:
             with self.slot():
                 pass
 
     def abandon(self) -> None:
         """After a failure: wait for the device, store nothing."""
+        self._parcel = None
         for slot in self._every:
             slot.abandon()

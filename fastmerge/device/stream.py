@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._dispatch import Batch
 from ..io.pipeline import Merge, Source, Stream, read_into
 from .stage import TRANSFORM, Stage
 
@@ -19,9 +21,9 @@ class DeviceStream(Stream):
     `merge_each` and `emit` return when the last chunk is queued, not when it is stored: see :meth:`Stage.flush`.
     """
 
-    def __init__(self, *arguments: Any, stage: Stage, **keywords: Any):
+    def __init__(self, *arguments: Any, stage: Stage, one_call: bool, **keywords: Any):
         super().__init__(*arguments, **keywords)
-        self.stage = stage
+        self.stage, self._one_call = stage, one_call
         self._sources: list[Source] = ([] if self.base is None else [self.base]) + self.models
         self._whole: Tensor | None = None  # what collect gave, on the device
 
@@ -30,6 +32,9 @@ class DeviceStream(Stream):
 
     def merge_each(self, visit: Merge, align: int = 1) -> None:
         """See :class:`Stream`. Chunks are the stage's; rows longer than one are merged on the CPU."""
+        if 0 < self.numel <= self.stage.small:
+            self._share_a_slot(visit)
+            return
         pieces = self.stage.pieces(self.numel, align)
         if pieces is None:
             self._leave_out(align * sum(s.dtype.itemsize for s in self._sources))
@@ -53,6 +58,26 @@ class DeviceStream(Stream):
 
         self.pool.each(len(pieces), chunk)
         self._inspected = True
+
+    def _share_a_slot(self, visit: Merge) -> None:
+        """A small tensor beside others: its calls wait for theirs where one launch takes them all."""
+        dtypes = [s.dtype for s in self._sources]
+        parcel = self.stage.parcel(dtypes, self.out_dtype, self.numel)
+        host, there = parcel.slot.inputs(dtypes, self.numel)
+        back, out = parcel.slot.result(self.out_dtype, self.numel)
+        read_into(self._sources, 0, self.numel, host)
+        self._look(0, host)
+        self._inspected = True
+        base, models = self._split(there)
+
+        def work(batch: Batch) -> None:
+            with batch.deferring() if self._one_call else contextlib.nullcontext():
+                _into(out, visit(0, base, models, out))
+
+        parcel.reads += there
+        parcel.writes.append(out)
+        parcel.work.append(work)
+        parcel.store.append(lambda: self._put(0, back))
 
     def collects(self, key: str, dtype: torch.dtype = torch.float32) -> bool:
         """See :class:`Stream`."""

@@ -15,6 +15,7 @@ from fastmerge.errors import BadInput
 from fastmerge.io.writer import work_folder
 
 budget_module = sys.modules["fastmerge.device.budget"]
+stage_module = sys.modules["fastmerge.device.stage"]
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,57 @@ def test_results_do_not_depend_on_device_chunks(tmp_path, monkeypatch, name, chu
     on(device, recipe, tmp_path / "gpu", threads=2)
     assert same_files(tmp_path / "cpu", tmp_path / "gpu")
     assert not device.problems
+
+
+# ---- small tensors
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ["task_arithmetic, mixed dtypes", "dare_ties", "slerp", "passthrough"])
+def test_small_tensors_share_slots_and_have_the_same_bytes_as_alone(tmp_path, monkeypatch, name, threads):
+    recipe = write_case(tmp_path, CASES[name])
+    runs = {}
+    for small in (0, 40):  # the norms have 8 elements
+        monkeypatch.setattr(stage_module.Batch, "SMALL", small)
+        device = FakeDevice()
+        report = on(device, recipe, tmp_path / f"{small}", threads=threads)
+        assert not device.problems
+        runs[small] = sum(o.kind == "run" for o in device.log)
+        rows = [t for t in report.tensors if t.how == "merged"]
+        assert all(t.bytes_written > 0 for t in rows)
+    norms = sum("norm" in t.name for t in rows)
+    assert norms == 4
+    assert runs[40] == runs[0] - norms + 1
+    assert same_files(tmp_path / "0", tmp_path / "40")
+
+
+def test_a_parcel_is_sent_when_it_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget_module, "CHUNK", 16)  # two norms
+    recipe = write_case(tmp_path, CASES["task_arithmetic"])
+    run(recipe, tmp_path / "cpu", device="cpu")
+    device = FakeDevice(uploads="early")
+    on(device, recipe, tmp_path / "gpu")
+    assert same_files(tmp_path / "cpu", tmp_path / "gpu")
+    assert not device.problems
+    large = -(-37 * 8 // 16) + 3 * (64 // 16 + -(-104 // 16))  # chunks
+    assert sum(o.kind == "run" for o in device.log) == large + 2
+
+
+def test_nan_in_a_small_tensor_publishes_nothing_and_resumes(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    recipe = write_case(tmp_path, CASES["task_arithmetic"], shards=1)
+    file = tmp_path / "b" / "model.safetensors"
+    state = load_file(file)
+    state["model.layers.1.input_layernorm.weight"][2] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=r"'model\.layers\.1\.input_layernorm\.weight' has NaN .*flat index 2"):
+        on(FakeDevice(), recipe, tmp_path / "gpu")
+    assert not (tmp_path / "gpu").exists()
+    report = on(FakeDevice(), recipe, tmp_path / "gpu", resume=True, nan="warn")
+    assert "merged" in {t.how for t in report.tensors}  # what was in the parcel was not stored
+    run(recipe, tmp_path / "cpu", nan="allow", device="cpu")
+    assert same_files(tmp_path / "cpu", tmp_path / "gpu")
 
 
 # ---- memory

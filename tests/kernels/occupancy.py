@@ -1,4 +1,4 @@
-"""Theoretical occupancy of an NVIDIA kernel from compile-time numbers (CUDA's occupancy rules; no GPU involved)."""
+"""Theoretical occupancy from compile-time numbers: the vendors' rules, no GPU involved."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ SM = {
     100: Multiprocessor(64, 32, 228 * 1024, 227 * 1024),
     120: Multiprocessor(48, 24, 100 * 1024, 99 * 1024),
 }
+CDNA3 = 64 * 1024  # shared memory of a gfx942 multiprocessor, and the most a block may ask for
 RESERVED = 1024  # shared memory the system takes for each block
 
 
 def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
-    """Resident warps over the maximum; 0 when a block does not fit at all."""
+    """Of an NVIDIA kernel: resident warps over the maximum; 0 when a block does not fit at all."""
     sm = SM[arch]
     warps = -(-threads // 32)
     if shared > sm.shared_per_block:
@@ -39,3 +40,11 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
         sm.shared // (-(-(shared + RESERVED) // 128) * 128),
     )
     return blocks * warps / sm.warps
+
+
+def occupancy_gfx942(registers: int, shared: int, waves: int) -> float:
+    """Of `waves` of 64 threads a block: four SIMDs of at most 8 waves, 512 registers a lane, given out by 8."""
+    if shared > CDNA3:
+        return 0.0
+    by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // waves
+    return min(by_registers, CDNA3 // shared if shared else 32) * waves / 32

@@ -12,15 +12,17 @@ and stores, and theoretical occupancy. The committed table is triton_resources.j
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +80,44 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def nvidia_row(kernel: Any, arch: int) -> dict[str, Any]:
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel of an ELF file."""
+    table, size, count, names = struct.unpack_from("<Q", cubin, 40) + struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = sections[names][4]
+    found = [cubin[s[4] : s[4] + s[5]] for s in sections if cubin.startswith(b".text.", names + s[0])]
+    assert len(found) == 1, f"{len(found)} kernels in a file"
+    return found[0]
+
+
+def disassembled(cubins: list[bytes], arch: int) -> list[str]:
+    """The assembly of every kernel, by one process: starting it takes longer than its work."""
+    codes = [machine_code(c) for c in cubins]
+    ends = list(itertools.accumulate(map(len, codes)))
+    with tempfile.NamedTemporaryFile(suffix=".bin") as f:
+        f.write(b"".join(codes))
+        f.flush()
+        command = [_tool("nvdisasm"), "-ndf", "-b", f"SM{arch}" + "a" * (arch >= 90), f.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines: list[list[str]] = [[] for _ in codes]
+    which = 0
+    for line in done.stdout.splitlines():
+        if found := re.match(r"\s+/\*([0-9a-f]{4,})\*/", line):
+            at = int(found[1], 16)
+            while at >= ends[which]:
+                which += 1
+            lines[which].append(line)
+    assert at == ends[-1] - 16, "nvdisasm did not print all instructions"
+    return ["\n".join(held) for held in lines]
+
+
+def nvidia_row(kernel: Any, sass: str, arch: int) -> dict[str, Any]:
     from kernels.occupancy import occupancy
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
         usage = subprocess.run([_tool("cuobjdump"), "-res-usage", f.name], capture_output=True, text=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", f.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert found, f"cuobjdump printed no resource usage: {usage.stdout}{usage.stderr}"
     memory = MEMORY.findall(sass)
@@ -104,6 +136,8 @@ def nvidia_row(kernel: Any, arch: int) -> dict[str, Any]:
 
 
 def amd_row(kernel: Any) -> dict[str, Any]:
+    from kernels.occupancy import occupancy_gfx942
+
     text = kernel.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -111,16 +145,15 @@ def amd_row(kernel: Any) -> dict[str, Any]:
         assert found, f"no {name} in the AMD assembly"
         return int(found[1])
 
-    registers = number("vgpr_count")
+    registers, shared = number("vgpr_count"), int(kernel.metadata.shared)  # which the launch asks for, not the code
     return {
         "registers": registers,
         "spills": number("vgpr_spill_count"),  # scalar registers spill to vector lanes, not to memory
-        "shared": number("group_segment_fixed_size"),
+        "shared": shared,
         "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
         "half_loads": len(re.findall(r"(?:global|buffer)_load_dwordx2", text)),
-        # gfx942: 512 vector registers a SIMD lane, allocated by 8, at most 8 waves.
-        "occupancy": round(min(8, 512 // (-(-registers // 8) * 8)) / 8, 3),
+        "occupancy": round(occupancy_gfx942(registers, shared, kernel.metadata.num_warps), 3),
     }
 
 
@@ -140,9 +173,13 @@ def rows(target: str) -> dict[str, dict[str, Any]]:
                     known.append(kernel.hash)
                     found[f"{scenario} / {name}" + (f" {len(known)}" if len(known) > 1 else "")] = kernel
             compiled.clear()
-    with ThreadPoolExecutor(2) as pool:
-        read = (lambda k: nvidia_row(k, arch)) if backend == "cuda" else amd_row
-        return dict(zip(found, pool.map(read, found.values()), strict=True))
+    kernels = {k.hash: k for k in found.values()}  # scenarios share some
+    if backend == "cuda":
+        sass = disassembled([k.asm["cubin"] for k in kernels.values()], arch)
+        read = {h: nvidia_row(k, text, arch) for (h, k), text in zip(kernels.items(), sass, strict=True)}
+    else:
+        read = {h: amd_row(k) for h, k in kernels.items()}
+    return {name: read[k.hash] for name, k in found.items()}
 
 
 def worse(new: dict[str, Any], old: dict[str, Any]) -> list[str]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import save
 from checks import assert_close, assert_same_bits
+from fake_device import FakeDevice
 from triton.runtime.interpreter import GridExecutor
 
 import fastmerge as fm
+from fastmerge._dispatch import Batch
+from fastmerge.device import use_devices
 from fastmerge.ops import weighted_sum
 
 
@@ -83,6 +87,42 @@ def test_small_tensors_share_launches(method, parameters, kernel, launches, monk
     assert launches.count("collect_kernel") == (1 if method == "ties" else 0)  # the thresholds of all tensors at once
     for name in want:
         assert_same_bits(got[name], want[name], f"{method} {name}")
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "kernel"),
+    [
+        ("ties", {"weight": 1.0, "density": 0.4}, "consensus_merge_kernel"),
+        ("task_arithmetic", {"weight": 0.3}, "weighted_sum_many_kernel"),
+        ("fr", {}, "weighted_sum_many_kernel"),
+    ],
+)
+def test_small_tensors_of_checkpoints_share_launches(method, parameters, kernel, launches, monkeypatch, tmp_path):
+    """Streamed from files through the pipeline of a GPU, here one without hardware."""
+    g = torch.Generator().manual_seed(8)
+    base = {f"layer.{i}.bias": (torch.randn(30 + i, generator=g) * 0.02).bfloat16() for i in range(9)}
+    folders = [save(tmp_path / "base", base)]
+    for name in "ab":
+        tuned = {n: (t.float() + torch.randn(t.shape, generator=g) * 0.002).bfloat16() for n, t in base.items()}
+        folders.append(save(tmp_path / name, tuned))
+    monkeypatch.setenv("FASTMERGE_BACKEND", "cpu")
+    fm.merge(method, folders[0], folders[1:], out=tmp_path / "cpu", device="cpu", **parameters)
+    monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
+    count = {}
+    for together in (False, True):
+        if not together:
+            monkeypatch.setattr(Batch, "SMALL", 0)
+        launches.clear()
+        device = FakeDevice()
+        with use_devices([device]):
+            fm.merge(method, folders[0], folders[1:], out=tmp_path / str(together), device="cuda", **parameters)
+        monkeypatch.setattr(Batch, "SMALL", 1 << 20)
+        assert not device.problems
+        count[together] = sum(name.startswith(kernel.removesuffix("_many_kernel")) for name in launches)
+        for name in sorted(f.name for f in (tmp_path / "cpu").glob("*.safetensors")):
+            assert (tmp_path / str(together) / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
+    assert count == {False: 9, True: 1}
+    assert kernel in launches
 
 
 def test_fr_stores_no_delta(launches, monkeypatch):

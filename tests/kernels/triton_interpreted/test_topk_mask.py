@@ -46,6 +46,18 @@ def test_selection_over_many_blocks(kind, sampled):
         check(x, density, 4096, sampled)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_bins_may_be_counted_in_parts(sampled, monkeypatch):
+    """As on AMD."""
+    from fastmerge.triton_kernels import _select
+
+    monkeypatch.setattr(_select, "bins_at_once", lambda: 1024)
+    x = torch.randn(1, 20_001, generator=torch.Generator().manual_seed(5))
+    x[0, ::3] = x[0, 0]  # ties, decided by the index
+    for density in (0.01, 0.6):
+        check(x, density, 4096, sampled)
+
+
 def sampled_places(n: int, k: int) -> torch.Tensor:
     """The elements that a sample of one segment reads."""
     blocks, stride, _, _ = _triton.kernel("_select", "_sample")(n, k, 4096)
