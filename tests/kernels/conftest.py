@@ -2,7 +2,9 @@
 later: the tests in triton_interpreted/ are collected only there. test_triton.py looks at what that process, and the one
 that compiles for every target, have found. Both start with the session, at low priority, beside the other tests."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ def _start():
         with (folder / name).open("w") as out:
             return subprocess.Popen(
                 ["nice", "-n", "5", sys.executable, *command], cwd=HERE.parent.parent, env=environment | extra,
-                stdout=out, stderr=subprocess.STDOUT, text=True,
+                stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             )  # fmt: skip
 
     compiling = [str(HERE / "triton_aot.py"), "--out", str(folder / "table.json")]
@@ -47,7 +49,8 @@ def pytest_collection_finish(session):
 def pytest_unconfigure(config):
     held, running = config.stash.get(_running, (None, {}))
     for process in running.values():
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers that it forked
         process.wait()
     if held is not None:
         held.cleanup()
