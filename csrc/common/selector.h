@@ -34,6 +34,7 @@ class SelectorBase {
   virtual void feed(const Deltas& d, std::int64_t offset, std::int64_t n, int threads) = 0;
   virtual void feed_lane(const Deltas& d, std::int64_t offset, std::int64_t n, std::size_t lane) = 0;
   virtual std::vector<Span> advance(int threads) = 0;
+  virtual void aim(const std::vector<std::int64_t>& counts) = 0;
   virtual std::vector<Rule> results() const = 0;
 };
 
@@ -179,6 +180,17 @@ class Selector final : public SelectorBase {
       else merged.back().stop = std::max(merged.back().stop, s.stop);
     }
     return expect(merged);
+  }
+
+  // Other counts k, one per target, when the first pass over everything has shown them; before the next advance. The
+  // brackets stay: where a new k lies outside of its own, passes of histograms find the key.
+  void aim(const std::vector<std::int64_t>& counts) override {
+    if (counts.size() != targets_.size()) throw std::invalid_argument("selector: a count is needed for every target");
+    for (std::size_t t = 0; t < counts.size(); ++t) {
+      if (counts[t] < 1 || counts[t] > n_ || targets_[t].phase != Phase::bracket)
+        throw std::invalid_argument("selector: it is too late, or too far, to aim at " + std::to_string(counts[t]));
+      targets_[t].k = counts[t];
+    }
   }
 
   std::vector<Rule> results() const override {

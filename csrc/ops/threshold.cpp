@@ -43,6 +43,7 @@ class ThresholdSelector {
     for (const auto& s : selector_->advance(threads)) out.emplace_back(s.start, s.stop);
     return out;
   }
+  void aim(const std::vector<std::int64_t>& counts) { selector_->aim(counts); }
   Rules results() const { return pairs(selector_->results()); }
 
  private:
@@ -65,6 +66,7 @@ FASTMERGE_EXPORT(m) {
       .def("feed", &ThresholdSelector::feed, NoGil())
       .def("feed_lane", &ThresholdSelector::feed_lane, NoGil())
       .def("advance", &ThresholdSelector::advance, NoGil())
+      .def("aim", &ThresholdSelector::aim, NoGil())
       .def("results", &ThresholdSelector::results);
 }
 }  // namespace fastmerge

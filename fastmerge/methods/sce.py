@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from .. import ops
 from ..ops.gram_blocks import BLOCK
 from ..ops.threshold import Threshold, Window
 from ._method import Context, Density, Help, Models, Range, TensorStream, Weight, method
-from ._scores import largest
+from ._scores import largest_share
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def _(tensor: TensorStream, plan: Any) -> Calculated:
     fraction = tensor.parameters["select_topk"]
     rule: Threshold | None = None
     if fraction < 1.0:
-        (found,) = largest(tensor, _variance, [int(fraction * _count(tensor))])
+        found = largest_share(tensor, _variance, fraction)
         assert not isinstance(found, Window)
         rule = found
     sums = torch.zeros((-(-tensor.numel // BLOCK), tensor.count), dtype=torch.float64)
@@ -74,17 +73,3 @@ def _variance(offset: int, base: Tensor | None, models: list[Tensor]) -> Tensor:
     assert base is not None
     scores: Tensor = ops.sce_variance(base, models)
     return scores
-
-
-def _count(tensor: TensorStream) -> int:
-    """Elements whose variance is not 0."""
-    counts: list[int] = []
-    lock = threading.Lock()
-
-    def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
-        here = int(_variance(offset, base, models).count_nonzero())
-        with lock:
-            counts.append(here)
-
-    tensor.for_each(visit)
-    return sum(counts)

@@ -22,6 +22,7 @@ class _Selector(Protocol):
     def sample(self, base: Tensor | None, models: Sequence[Tensor], length: int) -> None: ...
     def feed(self, base: Tensor | None, models: Sequence[Tensor], offset: int, lane: int | None) -> None: ...
     def advance(self) -> Spans: ...
+    def aim(self, counts: list[int]) -> None: ...
     def results(self) -> list[tuple[int, int]]: ...
 
 
@@ -42,6 +43,9 @@ class _NativeSelector:
 
     def advance(self) -> Spans:
         return list(self._selector.advance(_native.threads()))
+
+    def aim(self, counts: list[int]) -> None:
+        self._selector.aim(counts)
 
     def results(self) -> list[tuple[int, int]]:
         return list(self._selector.results())
@@ -66,6 +70,9 @@ class _ReferenceSelector:
 
     def advance(self) -> Spans:
         return [] if self._fed else [(0, self._n)]
+
+    def aim(self, counts: list[int]) -> None:
+        self._targets = [(model, k) for (model, _), k in zip(self._targets, counts, strict=True)]
 
     def results(self) -> list[tuple[int, int]]:
         found = []
@@ -153,6 +160,20 @@ class ThresholdStream:
     def advance(self) -> Spans:
         """The spans to feed before the next call, each element once; empty when `finish` can be called."""
         return [] if self._selector is None else self._selector.advance()
+
+    def aim(self, counts: Sequence[int]) -> None:
+        """Keep other numbers of elements than the densities said, one per model, each in [1, n).
+
+        After the whole was fed for the first time and before the next `advance`: for a selection of a share of something
+        that the same pass counts. Not for Windows, nor where a density kept all or nothing. Counts near those of the
+        densities cost nothing, others two passes more.
+        """
+        selection = self._selection
+        if selection.windows or len(selection.targets) != self._models or any(not 0 < k < self.n for k in counts):
+            raise ValueError(f"ThresholdStream: {list(counts)} can not be aimed at")
+        selection.counts = [(k,) for k in counts]
+        if self._selector is not None:
+            self._selector.aim(list(counts))
 
     def finish(self) -> list[Rule]:
         """One rule per model."""

@@ -37,6 +37,29 @@ def test_sce_selects_by_variance_of_the_elements_that_differ():
     assert torch.equal(merged("sce", base, models, select_topk=0.0), base)
 
 
+@pytest.mark.parametrize("where", ["everywhere", "in one place", "nowhere", "once"])
+def test_sce_counts_and_selects_in_one_read_whatever_the_sample_says(where, tmp_path):
+    """A sample that saw few or none of the elements that differ costs passes, not the result."""
+    g = torch.Generator().manual_seed(4)
+    base = torch.randn(700_001, generator=g)
+    spots = {
+        "everywhere": slice(None),
+        "in one place": slice(123_000, 127_000),
+        "nowhere": slice(0),
+        "once": slice(9, 10),
+    }
+    models = [base.clone() for _ in range(2)]
+    for m in models:
+        m[spots[where]] += 0.1 * torch.randn(m[spots[where]].shape, generator=g)
+    paths = [save(tmp_path / str(i), {"w": t}) for i, t in enumerate((base, *models))]
+    recipe = fm.Recipe.from_call("sce", str(paths[0]), [str(p) for p in paths[1:]], {"select_topk": 0.6})
+    fm.run(recipe, tmp_path / "out", threads=2)
+    want = fm.merge("sce", {"w": base}, [{"w": m} for m in models], select_topk=0.6)
+    assert_same_bits(load(tmp_path / "out")["w"], want["w"])
+    differ = int(((models[0] - models[1]) != 0).sum())
+    assert int((want["w"] != base).sum()) == int(0.6 * differ)
+
+
 def test_sce_weights_of_small_deltas_do_not_collapse_unless_asked_to():
     base = torch.zeros(2)
     models = deltas_on(base, [1e-4, 1e-4], [3e-4, 3e-4])

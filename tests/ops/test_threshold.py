@@ -175,3 +175,31 @@ def test_golden_rules():
     assert topk_thresholds(None, [x], 1.0) == [None]
     (window,) = topk_thresholds(None, [x], 0.4, gamma=0.2)  # drop one 3 (the first ranks higher), keep the next two
     assert kept(x, window).tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("wanted", [0.199, 0.05, 0.9])
+def test_a_stream_may_be_aimed_at_other_counts_after_the_first_pass(wanted):
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(3)).bfloat16()
+    stream = ThresholdStream(x.numel(), 0.2, models=1)
+    for a, b in stream.sample_spans():
+        stream.add_sample(None, [x[a:b]])
+    passes = 0
+    while spans := stream.advance():
+        for a, b in spans:
+            stream.feed(None, [x[a:b]], a)
+        if not passes:
+            stream.aim([int(wanted * x.numel())])
+        passes += 1
+    assert stream.finish() == reference_thresholds(None, [x], [wanted])
+    assert passes <= 2 or wanted != 0.199
+
+
+def test_a_stream_can_not_be_aimed_at_nothing_or_too_early():
+    stream = ThresholdStream(100_000, 0.2, models=1)
+    for count in (0, 100_000):
+        with pytest.raises(ValueError, match="can not be aimed at"):
+            stream.aim([count])
+    with pytest.raises(ValueError, match="too late, or too far"):
+        stream.aim([5])
+    with pytest.raises(ValueError, match="can not be aimed at"):
+        ThresholdStream(100_000, 0.2, models=1, gamma=0.1).aim([5])
