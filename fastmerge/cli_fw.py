@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,10 @@ def fw(
     candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...", help="Checkpoints or LoRA adapters.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist, or be empty.")],
     data: Annotated[Path | None, typer.Option(help="Calibration records, .jsonl or .parquet.")] = None,
-    kind: Annotated[Kind, typer.Option(help="What a record is (docs/frank-wolfe.md).")] = Kind.text,
+    kind: Annotated[Kind | None, typer.Option(help="What a record is (docs/frank-wolfe.md). [default: text]")] = None,
+    text: Annotated[bool, typer.Option("--text", help="--kind text.")] = False,
+    lm: Annotated[bool, typer.Option("--lm", help="--kind lm.")] = False,
+    image: Annotated[bool, typer.Option("--image", help="--kind image.")] = False,
     loss: Annotated[
         str | None, typer.Option(help="cross_entropy, causal_lm, mse or entropy (unlabelled). [default: by kind]")
     ] = None,
@@ -53,9 +57,18 @@ def fw(
     select: Annotated[list[str] | None, typer.Option(help="Merge only tensors that match (repeatable).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep the base's tensors that match (repeatable).")] = None,
     missing: Annotated[str | None, typer.Option(help="error, or zero: a missing tensor is the zero vertex.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="product: adapters as what they do, B·A; factors: A and B apart.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Records per forward pass.")] = 8,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per record.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many records.")] = None,
+    train_mode: Annotated[
+        bool, typer.Option("--train-mode", help="With dropout noise, as the published code differentiates.")
+    ] = False,
+    reduction: Annotated[
+        str | None, typer.Option(help="mean, or sum (published) of the records' losses. [default: mean]")
+    ] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast.")] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute blocks in the backward pass.")
@@ -76,11 +89,19 @@ def fw(
 
         from .errors import BadInput
         from .fw import frank_wolfe, frank_wolfe_soft
+        from .fw.hard import SAME
         from .fw.save import check_output, save
         from .io.checkpoint import open_checkpoint
 
         if (data is None) == (gradient is None):
             raise BadInput("give either --data (with --kind) or --gradient", remedy="see `fastmerge fw --help`")
+        kinds = {k for k in ("text", "lm", "image") if given[k]} | ({kind.value} if kind else set())
+        if len(kinds) > 1:
+            raise BadInput(f"records are of one kind, not {' and '.join(sorted(kinds))}", remedy="give one of them")
+        of_data = ("loss", "head", "limit", "reduction", "train_mode", "amp", "checkpointing")
+        for name in of_data if gradient is not None else ():
+            if given[name]:
+                raise BadInput(f"--{name.replace('_', '-')} is for --data; a --gradient is used as it is")
         common = (
             "preset",
             "iterations",
@@ -92,6 +113,7 @@ def fw(
             "exclude",
             "missing",
             "scale",
+            "lora",
         )
         own = ("top_k", "constraint", "inner_steps") if soft else ("step", "step_size", "inner")
         other = ("step", "step_size", "inner") if soft else ("top_k", "constraint", "inner_steps")
@@ -111,9 +133,9 @@ def fw(
 
             assert data is not None
             ask = hugging_face_gradient(
-                template.folder or base, data, kind.value, loss=loss, heads=parse_heads(head), batch=batch,
+                template.folder or base, data, next(iter(kinds), "text"), loss=loss, heads=parse_heads(head), batch=batch,
                 max_length=max_length, limit=limit, device=device, amp=torch.bfloat16 if amp else None,
-                checkpointing=checkpointing,
+                checkpointing=checkpointing, train_mode=train_mode, reduction=reduction or "mean",
             )  # fmt: skip
 
         def progress(done: int, total: int, it: Any) -> None:
@@ -122,7 +144,12 @@ def fw(
                 say(f"step {done}/{total} · {shown}gap {it.gap:.4g} · {sum(it.seconds.values()):.1f} s")
 
         method = frank_wolfe_soft if soft else frank_wolfe
-        result = method(template, candidates, ask, device=device, progress=progress, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{SAME}")  # told below, in a line of its own
+            result = method(template, candidates, ask, device=device, progress=progress, **options)
+        names = result.trace.candidates
+        for a, b in result.trace.duplicates:
+            say(f"warning: candidates {names[a]!r} and {names[b]!r} {SAME}")
         save(result, base, out, force=force)
         if plot is not None:
             result.trace.plot(plot)

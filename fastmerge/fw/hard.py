@@ -21,6 +21,7 @@ from .problem import Problem, State, open_start, opened_problem
 from .result import Coefficients, FrankWolfeResult
 from .trace import Iteration, Trace
 
+SAME = "hold the same weights; the second is never chosen"
 METRICS = ("dot", "cosine", "slope")
 GradientFunction = Callable[[State], Mapping[str, Tensor]]
 Progress = Callable[[int, int, Iteration], None]
@@ -284,7 +285,7 @@ def duplicates(problem: Problem, products: Products) -> list[tuple[int, int]]:
         if first != k and (problem.layout.sharded or problem.pool.same(first, k)):
             out.append((first, k))
             a, b = problem.pool.labels[first], problem.pool.labels[k]
-            warnings.warn(f"candidates {a!r} and {b!r} hold the same weights; the second is never chosen", stacklevel=3)
+            warnings.warn(f"candidates {a!r} and {b!r} {SAME}", stacklevel=4)
     return out
 
 

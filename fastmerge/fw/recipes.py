@@ -105,6 +105,8 @@ def run_recipe(
         report.wall_s, report.cpu_s, report.peak_rss = clock.wall(), clock.cpu(), peak_rss()
         report.bytes_read = sizes * len(result.trace.iterations)
         report.bytes_written = sum(t.nbytes for t in result.state_dict.values())
+        names = result.trace.candidates
+        report.notes += [f"candidates {names[a]!r} and {names[b]!r} {hard.SAME}" for a, b in result.trace.duplicates]
         report.notes.append(f"{len(result.trace.iterations)} iterations: {result.trace.stopped}")
         files = output_files(recipe, template.config(), report)
         files["README.md"] += b"\n" + card(result, front=False).encode()

@@ -1,6 +1,7 @@
 """Calibration files, and the fw command from records to a checkpoint folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_the_command_merges_transformers_checkpoints(folders, tmp_path):
     out = tmp_path / "merged"
     call = [
         "fw", str(root / "base"), str(root / "noise"), str(root / "tuned"), "--out", str(out), "--data", str(data),
-        "--init", "base", "--step", "line_search", "--iterations", "3", "--json", "--plot", str(tmp_path / "t.png"),
+        "--text", "--init", "base", "--step", "line_search", "--iterations", "3", "--json", "--plot",
+        str(tmp_path / "t.png"),
     ]  # fmt: skip
     said = CliRunner().invoke(app, call)
     assert said.exit_code == 0, said.output
@@ -161,6 +163,9 @@ def test_soft_on_unlabelled_data_with_heads(folders, tmp_path):
         (["--gradient", "no_such_module:f"], "can not be imported"),
         (["--data", "x.jsonl", "--top-k", "2"], "option of soft"),
         (["--data", "x.jsonl", "--head", "films"], "not TASK=FOLDER"),
+        (["--data", "x.jsonl", "--text", "--kind", "image"], "one kind, not image and text"),
+        (["--gradient", "m:f", "--train-mode"], "--train-mode is for --data"),
+        (["--gradient", "m:f", "--loss", "mse"], "--loss is for --data"),
     ],
 )
 def test_bad_calls_end_with_code_2(folders, tmp_path, extra, match):
@@ -203,3 +208,18 @@ def test_recipes_name_their_data(folders, tmp_path):
         assert bad.exit_code == 2, bad.output
         assert match in bad.output
     assert not (tmp_path / "other").exists()
+
+
+def test_the_command_names_candidates_that_are_equal(folders, tmp_path):
+    root, data = folders
+    shutil.copytree(root / "tuned", tmp_path / "same")
+    call = ["fw", str(root / "base"), str(root / "tuned"), str(tmp_path / "same"), "--data", str(data)]
+    losses = []
+    for name, more in (("mean", []), ("sum", ["--reduction", "sum", "--train-mode"])):
+        said = CliRunner().invoke(app, [*call, "-o", str(tmp_path / name), "--iterations", "1", *more])
+        assert said.exit_code == 0, said.output
+        assert "same' hold the same weights" in said.output
+        trace = fw.Trace.load(tmp_path / name / "frank_wolfe_trace.json")
+        assert trace.duplicates == [(0, 1)]
+        losses.append(trace.iterations[0].loss)
+    assert losses[1] > 6 * losses[0]  # twelve records, with dropout's noise
