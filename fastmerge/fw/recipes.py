@@ -27,7 +27,9 @@ from .trace import Iteration
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-_DATA = ("data", "kind", "loss", "heads", "batch", "max_length", "limit", "amp", "checkpointing")
+_DATA = (
+    "data", "kind", "loss", "heads", "batch", "max_length", "limit", "amp", "checkpointing", "train_mode", "reduction",
+)  # fmt: skip
 
 
 def run_recipe(

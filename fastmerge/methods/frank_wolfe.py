@@ -50,6 +50,8 @@ def frank_wolfe(
     heads: Heads = None,
     amp: Annotated[bool, Help("bfloat16 autocast.")] = False,
     checkpointing: Annotated[bool, Help("Recompute blocks in the backward pass.")] = False,
+    train_mode: Annotated[bool, Help("With dropout noise, as published.")] = False,
+    reduction: Annotated[Literal["mean", "sum"], Help("Of the records' losses; sum as published.")] = "mean",
 ) -> Weight:
     """Steps towards the candidate with the lowest ⟨∇ℓ, θᵢ⟩ on calibration data; see ``fm.frank_wolfe``."""
     raise _whole("frank_wolfe")
@@ -86,6 +88,8 @@ def frank_wolfe_soft(
     heads: Heads = None,
     amp: Annotated[bool, Help("bfloat16 autocast.")] = False,
     checkpointing: Annotated[bool, Help("Recompute blocks in the backward pass.")] = False,
+    train_mode: Annotated[bool, Help("With dropout noise, as published.")] = False,
+    reduction: Annotated[Literal["mean", "sum"], Help("Of the records' losses; sum as published.")] = "mean",
 ) -> Weight:
     """Several vertices per step, their coefficients optimised on calibration data; see ``fm.frank_wolfe_soft``."""
     raise _whole("frank_wolfe_soft")

@@ -271,3 +271,12 @@ def test_merged_tensors_that_no_gradient_saw_are_still_checked(root):
 
 def test_records_are_checked_without_a_model(root):
     assert list(check_records(root / "both.jsonl", "image")) == ["colour", "shade"]
+
+
+def test_losses_are_summed_where_the_recipe_says_so(root, tmp_path):
+    losses = {}
+    for how in ("mean", "sum"):
+        settings = recipe(root, root / "noise", root / "tuned", iterations=1, reduction=how, train_mode=True)
+        run(settings, tmp_path / how, device="cpu")
+        losses[how] = fw.Trace.load(tmp_path / how / "frank_wolfe_trace.json").iterations[0].loss
+    assert losses["sum"] == pytest.approx(12 * losses["mean"], rel=1e-4)  # twelve records, no dropout in this model
