@@ -65,8 +65,7 @@ class DeviceStream(Stream):
         parcel = self.stage.parcel(dtypes, self.out_dtype, self.numel)
         host, there = parcel.slot.inputs(dtypes, self.numel)
         back, out = parcel.slot.result(self.out_dtype, self.numel)
-        read_into(self._sources, 0, self.numel, host)
-        self._look(0, host)
+        read_into(self._sources, 0, self.numel, host, None if self._inspected else self._inspect)
         self._inspected = True
         base, models = self._split(there)
 
