@@ -3,15 +3,18 @@
 FASTMERGE_BUILD = auto (default: CPU kernels, and CUDA ones when nvcc is found) | cpu | cuda | off (pure PyTorch).
 """
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 BUILD = os.environ.get("FASTMERGE_BUILD", "auto")
 if BUILD not in ("auto", "cpu", "cuda", "off"):
@@ -28,10 +31,27 @@ def kept_pybind11(work: Path) -> str:
 
     kept = work / f"pybind11-{pybind11.__version__}"
     if not kept.exists():
-        half = work / f"pybind11-{os.getpid()}"
-        shutil.copytree(Path(pybind11.__file__).parent, half, ignore=shutil.ignore_patterns("__pycache__"))
-        half.rename(kept)
+        with tempfile.TemporaryDirectory(dir=work) as half:
+            copy = Path(half) / kept.name
+            shutil.copytree(Path(pybind11.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            copy.rename(kept)
     return str(kept / Path(pybind11.get_cmake_dir()).relative_to(Path(pybind11.__file__).parent))
+
+
+def tool(name: str) -> list[str]:
+    """A compiler: where it is, and which one is there."""
+    path = shutil.which(name)
+    if path is None:
+        return [name]
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return [path, os.path.realpath(path), said.stdout]
+
+
+class Modules(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # what was removed since the last build must not be in a wheel
+            shutil.rmtree(Path(self.build_lib) / "fastmerge", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -42,6 +62,11 @@ class CMakeBuild(build_ext):
             os.environ.get("FASTMERGE_BUILD_DIR", here / "build" / f"cmake-{BUILD}-{sys.implementation.cache_tag}")
         )
         work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("w") as lock:  # one build at a time; the rest wait, and find everything made
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.build_in(here, work, target)
+
+    def build_in(self, here: Path, work: Path, target: Path) -> None:
         configure = [
             "cmake", "-S", str(here), "-B", str(work), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -52,7 +77,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         # CMake remembers what it found: other tools or flags than last time need a fresh look, and compile everything.
         variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAARCHS", "CUDAHOSTCXX")
-        tools = [shutil.which("c++"), shutil.which("nvcc")]
+        tools = [tool(os.environ.get("CXX") or "c++"), tool(os.environ.get("CUDACXX") or "nvcc")]
         found = json.dumps([configure, {v: os.environ.get(v) for v in variables}, tools])
         seen = work / "configured.json"
         same = seen.exists() and seen.read_text() == found
@@ -71,10 +96,10 @@ class CMakeBuild(build_ext):
             ) from error
         target.parent.mkdir(parents=True, exist_ok=True)
         built = next(work.glob("_C*.so"))
-        self.copy_file(str(built), str(target))
+        shutil.copy2(built, target)  # even over a newer one, which may be of another FASTMERGE_BUILD
 
 
 setup(
     ext_modules=[] if BUILD == "off" else [Extension("fastmerge._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": Modules},
 )

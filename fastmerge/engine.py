@@ -340,8 +340,13 @@ def _finish_report(
     report.bytes_written = writer.bytes_written + sum(report.files.values())
     report.backends, report.nonfinite = dict(backends), dict(job.nonfinite)
     report.cosines = job.cosines.report(t.name for t in job.planned)
-    if report.cosines is not None and (resumed := sum(t.how == "resumed" for t in report.tensors)):
-        report.notes.append(f"cosines leave out {resumed} tensors that an earlier run had merged")
+    if report.cosines is not None:
+        rest = [t.name for t in report.tensors if t.how != "copied" and t.name not in report.cosines["tensors"]]
+        if rest:
+            report.notes.append(
+                f"cosines leave out {len(rest)} of {len(rest) + len(report.cosines['tensors'])} tensors, {rest[0]} among"
+                " them: merged by an earlier run, empty, or by a rule that needs no cosine (--cosines finds those too)"
+            )
 
 
 def _small_files(job: Job, report: Report) -> dict[str, bytes]:

@@ -79,7 +79,9 @@ class Job:
                 f"--max-memory {max_memory} is too small: {method.name} needs {self.memory_bytes} bytes for these tensors",
                 remedy="allow more memory",
             )
-        passes = 1 + cosines + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
+        passes = cosines + max(
+            method.reads, 1 + sum(p is not None for p in (method.scan_pass, method.fit_pass, method.files_pass))
+        )
         self.input_bytes = sum(t.input_bytes for t in merged)
         # an upper bound: a fit pass reads nothing for parameters that need no fit
         self.read_bytes = passes * self.input_bytes
@@ -226,6 +228,8 @@ class Job:
             stream.emit(method(base, models, context, parameters))
         if self._all_cosines and stream.gram is None:
             stream_gram(stream, deltas=stream.has_base)
+        for source in [*tensor.models, *([tensor.base] if tensor.base is not None else [])]:
+            source.release()
         if stream.gram is not None:
             self.cosines.add(tensor.name, tensor.plan.models, **stream.gram)
 

@@ -58,7 +58,7 @@ class Cosines:
 def _described(gram: Matrix) -> dict[str, Any]:
     lengths = [math.sqrt(max(row[i], 0.0)) if math.isfinite(row[i]) else math.nan for i, row in enumerate(gram)]
     matrix = [
-        [_cosine(gram[i][j], lengths[i] * lengths[j]) if i != j else float(lengths[i] > 0) for j in range(len(gram))]
+        [_cosine(gram[i][j], lengths[i] * lengths[j] if i != j else gram[i][i]) for j in range(len(gram))]
         for i in range(len(gram))
     ]
     return {"lengths": [None if math.isnan(n) else n for n in lengths], "matrix": matrix}

@@ -231,9 +231,12 @@ class Stage:
     def flush(self) -> None:
         """Send the parcel, wait for every chunk under way and store its result. Not while workers are in `slot`."""
         self.send()
-        for _ in self._every:
-            with self.slot():
-                pass
+        for _ in range(len(self._every)):  # those there are: taking one could make another
+            slot = self._free.get()
+            try:
+                slot.settle()
+            finally:
+                self._free.put(slot)
 
     def abandon(self) -> None:
         """After a failure: wait for the device, store nothing."""

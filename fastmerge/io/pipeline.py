@@ -133,11 +133,15 @@ class Source:
 
     @property
     def flat(self) -> Tensor:
-        """A tensor in memory, flattened: a view, or (strided otherwise) a copy made once and kept as long as this."""
+        """A tensor in memory, flattened: a view, or (strided otherwise) a copy made once and kept until `release`."""
         if self._flat is None:
             assert self.tensor is not None
             self._flat = self.tensor.detach().reshape(-1)
         return self._flat
+
+    def release(self) -> None:
+        """Forget the copy: the tensor is merged."""
+        self._flat = None
 
     def read(self, begin: int, end: int, buffers: Buffers, key: str) -> Tensor:
         if self.tensor is not None:

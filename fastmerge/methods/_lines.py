@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ._method import TensorStream
+from .. import _native, ops
+from ..ops.gram_blocks import BLOCK
+from ._method import Header, TensorStream
 
 Coefficients = Callable[[Tensor], Tensor]  # products [lines, pairs] -> weights [K, lines], line by line, in float64
 
 _GROUP = 8192  # lines that torch computes on one thread
 _BLOCK = 1 << 18  # about as many elements of neighbouring rows are added up before they join a column's sum
+
+
+def longest(lines: Iterable[tuple[Header, int]]) -> int:
+    """Bytes that lines longer than a chunk may be take in every worker's buffers; (tensor, elements of its lines) each."""
+    held = 0
+    for t, line in lines:
+        if line > BLOCK:
+            at_once = min(math.prod(t.shape) // line, _native.threads())
+            held = max(held, at_once * line * (len(t.models) + 2) * max(t.dtype.itemsize, 4))
+    return held
 
 
 def merge_rows(tensor: TensorStream, coefficients: Coefficients, dtype: torch.dtype) -> None:

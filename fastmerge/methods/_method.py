@@ -187,6 +187,7 @@ class Method:
     job_pass: Callable[..., Any] | None = None
     one_call: bool = False
     needs_data: bool = False
+    reads: int = 1
     aliases: dict[str, str] = field(default_factory=dict)
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -275,6 +276,7 @@ def method(
     grain: Literal["element", "tensor", "stream"] = "tensor",
     one_call: bool = False,
     needs_data: bool = False,
+    reads: int = 1,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Decorator that registers a merge method under its function's name.
 
@@ -287,6 +289,7 @@ def method(
             small tensors may then go in one launch (``_dispatch.batched``).
         needs_data: the method can not run from weights alone; the engine refuses it with a hint, unless it runs its
             jobs itself (:meth:`Method.run_job`) with data that its parameters name.
+        reads: how often a tensor's inputs are read at most, where that is not 1 + one for each pass: for plans and progress.
 
     Raises: TypeError for annotations that are not a configuration schema; ValueError for a name registered twice.
     """
@@ -321,6 +324,7 @@ def method(
             description=doc,
             one_call=one_call,
             needs_data=needs_data,
+            reads=reads,
         )
         if takes == "deltas" and base != "required":
             raise TypeError(f"{made.name}: deltas need base='required'")

@@ -19,7 +19,7 @@ class Importance:
     threshold: float
 
 
-@method(models=(1, 1), grain="element")
+@method(models=(1, 1), grain="element", reads=3)
 def arcee_fusion(base: Weight, models: Models, *, context: Context) -> Weight:
     """Arcee Fusion: take from the other model the elements that matter most, leave the base elsewhere.
 

@@ -6,7 +6,7 @@ from . import _trimmed
 from ._method import Context, Density, Models, PerModel, Weight, method
 
 
-@method(paper="arXiv:2312.06795", grain="element", one_call=True)
+@method(paper="arXiv:2312.06795", grain="element", one_call=True, reads=3)
 def breadcrumbs(
     base: Weight,
     models: Models,
@@ -30,7 +30,7 @@ def breadcrumbs(
     )  # fmt: skip
 
 
-@method(paper="arXiv:2312.06795", grain="element", one_call=True)
+@method(paper="arXiv:2312.06795", grain="element", one_call=True, reads=3)
 def breadcrumbs_ties(
     base: Weight,
     models: Models,

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops.gram_blocks import pairs
 from ._gram import model_stock_ratio, stream_gram
-from ._lines import merge_rows
-from ._method import Context, TensorStream, method
+from ._lines import longest, merge_rows
+from ._method import Context, Header, TensorStream, method
 
 
-@method(paper="arXiv:2403.19522", models=(2, None), grain="stream")
+@method(paper="arXiv:2403.19522", models=(2, None), grain="stream", reads=2)
 def model_stock(tensor: TensorStream, *, filter_wise: bool = False, context: Context) -> None:
     """Interpolate between the base and the models' average by the angle between their deltas.
 
@@ -26,6 +28,12 @@ def model_stock(tensor: TensorStream, *, filter_wise: bool = False, context: Con
         )
         return
     merge_rows(tensor, lambda products: _filters(products, tensor.count), context.dtype)
+
+
+@model_stock.memory
+def _memory(tensors: Sequence[Header]) -> int:
+    """By filter: rows that are longer than a chunk."""
+    return longest((t, t.shape[-1]) for t in tensors if t.parameters["filter_wise"] and len(t.shape) >= 2)
 
 
 def _filters(products: Tensor, count: int) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .. import ops
 from ._gram import nuslerp_coefficients, stream_gram
-from ._lines import merge_columns, merge_rows
+from ._lines import longest, merge_columns, merge_rows
 from ._method import Context, Header, PerModel, TensorStream, method
 
 
-@method(base="optional", models=(2, 2), grain="stream")
+@method(base="optional", models=(2, 2), grain="stream", reads=2)
 def nuslerp(
     tensor: TensorStream,
     *,
@@ -54,10 +54,8 @@ def _along(products: Tensor, t: float) -> Tensor:
 
 @nuslerp.memory
 def _memory(tensors: Sequence[Header]) -> int:
-    """Along the first axis: three products and two shares for each column, a few at once."""
-    columns = (
-        math.prod(t.shape[1:])
-        for t in tensors
-        if t.parameters["nuslerp_row_wise"] and not t.parameters["nuslerp_flatten"] and len(t.shape) >= 2
-    )
-    return 200 * max(columns, default=0)
+    """Lines that are longer than a chunk; along the first axis three products and two shares for each column, too."""
+    lines = [t for t in tensors if not t.parameters["nuslerp_flatten"] and len(t.shape) >= 2]
+    rows = [(t, t.shape[-1]) for t in lines if not t.parameters["nuslerp_row_wise"]]
+    columns = [(t, math.prod(t.shape[1:])) for t in lines if t.parameters["nuslerp_row_wise"]]
+    return longest([*rows, *columns]) + 200 * max((n for _, n in columns), default=0)

@@ -21,7 +21,7 @@ class Calculated:
     weight: list[float]
 
 
-@method(paper="arXiv:2408.07990", grain="element")
+@method(paper="arXiv:2408.07990", grain="element", reads=3)
 def sce(
     base: Weight,
     models: Models,

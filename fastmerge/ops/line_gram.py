@@ -58,11 +58,11 @@ def line_gram(base: Tensor | None, models: Sequence[Tensor], *, along: str = "ro
     check_matrices("line_gram", base, models, along)
     deltas = [d.double() for d in wide_deltas(base, models)]
     rows, columns = deltas[0].shape
-    if along == "rows":
-        deltas = [torch.nn.functional.pad(d, (0, -columns % LANES)).view(rows, -1, LANES) for d in deltas]
     out = deltas[0].new_zeros((rows if along == "rows" else columns, len(pairs(len(deltas)))))
     if models[0].numel() == 0:
         return out
+    if along == "rows":
+        deltas = [torch.nn.functional.pad(d, (0, -columns % LANES)).view(rows, -1, LANES) for d in deltas]
     for p, (i, j) in enumerate(pairs(len(deltas))):
         if along == "rows":
             out[:, p] = (deltas[i] * deltas[j]).cumsum(1)[:, -1].cumsum(1)[:, -1]
@@ -114,3 +114,8 @@ def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
 @line_gram.case("no rows", torch.float32)
 def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     return family_case(g, dtype, (0, 3), 2), {"along": "columns"}
+
+
+@line_gram.case("no rows, along them", torch.float32)
+def _(g: torch.Generator, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return family_case(g, dtype, (0, 3), 2), {}

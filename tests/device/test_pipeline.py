@@ -139,6 +139,18 @@ def test_a_parcel_is_sent_when_it_is_full(tmp_path, monkeypatch):
     assert sum(o.kind == "run" for o in device.log) == large + 2
 
 
+def test_flushing_makes_no_slots():
+    budget = budget_module.make_budget(
+        "cuda:0", inputs=2, per_element=8, out=4, compute=4, largest=1000, workers=4, max_vram=None, free=1 << 30
+    )
+    assert budget.slots == 6
+    stage = stage_module.Stage(FakeDevice(), budget)
+    with stage.slot():
+        pass
+    stage.flush()
+    assert len(stage._every) == 1
+
+
 def test_nan_in_a_small_tensor_publishes_nothing_and_resumes(tmp_path):
     from safetensors.torch import load_file, save_file
 

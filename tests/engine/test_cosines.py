@@ -75,6 +75,17 @@ def test_one_read_more_and_the_same_weights(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+def test_what_is_left_out_is_noted(tmp_path):
+    base = {"w": torch.randn(4, 5), "v": torch.randn(6)}
+    made, _ = recipe(tmp_path, "model_stock", [base, near(base, 1), near(base, 2)], filter_wise=True)
+    report = fm.run(made, tmp_path / "out")
+    assert set(report.cosines["tensors"]) == {"v"}
+    assert any(note.startswith("cosines leave out 1 of 2 tensors, w among them") for note in report.notes)
+    asked = fm.run(made, tmp_path / "asked", cosines=True)
+    assert set(asked.cosines["tensors"]) == {"w", "v"}
+    assert not any("cosines" in note for note in asked.notes)
+
+
 def test_models_that_share_no_tensor_and_nan():
     cosines = Cosines(["x", "y", "z"])
     cosines.add("t", [0, 2], [[4.0, 2.0], [2.0, 4.0]], deltas=True, base_first=False)
@@ -83,7 +94,7 @@ def test_models_that_share_no_tensor_and_nan():
     assert list(found["tensors"]) == ["u", "t"]
     assert found["lengths"] == [2.0, None, math.sqrt(13)]
     assert found["matrix"][0] == [1.0, None, pytest.approx(2 / (2 * math.sqrt(13)))]
-    assert found["matrix"][1][2] is None
+    assert found["matrix"][1] == [None, None, None]
     assert Cosines(["x"]).report(["t"]) is None
 
 
