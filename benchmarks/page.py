@@ -161,7 +161,10 @@ def _open(width: int, height: int, title: str) -> str:
 def _bars(runs: Sequence[Run]) -> str:
     best = [{(r.op, r.variant): r for r in _best(rows)} for *_, rows in runs]
     keys = list(dict.fromkeys(k for b in best for k in b))
-    bar, gap, left, right = 16, 12, 330, 90
+    names = [f"{op}: {variant}" for op, variant in keys]
+    names = [n if len(n) <= 50 else n[:49] + "…" for n in names]
+    bar, gap, right = 16, 12, 90
+    left = 20 + 7.5 * max(map(len, names), default=0)  # a letter of 13 pixels is about 7 wide
     group = bar * len(runs) + gap
     width, height = 1000, 26 + group * len(keys) + 8
     top = max([100.0, *(100 * (r.of_ceiling or 0) for b in best for r in b.values())])
@@ -175,10 +178,8 @@ def _bars(runs: Sequence[Run]) -> str:
         dark = ' style="stroke:#8b95a1;stroke-dasharray:4 3"' if v == 100 else ""
         out.append(f'<line class="grid" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="18" y2="{height - 8}"{dark}/>')
         out.append(f'<text class="soft" x="{x(v):.1f}" y="12" text-anchor="middle">{v} %</text>')
-    for j, key in enumerate(keys):
+    for j, (key, shown) in enumerate(zip(keys, names, strict=True)):
         begin = 26 + group * j
-        name = f"{key[0]}: {key[1]}"
-        shown = name if len(name) <= 50 else name[:49] + "…"
         out.append(
             f'<text x="{left - 10}" y="{begin + bar * len(runs) / 2 + 4:.1f}" text-anchor="end">{escape(shown)}</text>'
         )
@@ -187,7 +188,7 @@ def _bars(runs: Sequence[Run]) -> str:
             if r is None or r.of_ceiling is None:
                 continue
             share, at = 100 * r.of_ceiling, begin + bar * i
-            title = f"{runs[i][0]}: {name}, {r.backend}, {1e3 * (r.p50_s or 0):.2f} ms, {share:.0f} %"
+            title = f"{runs[i][0]}: {key[0]}: {key[1]}, {r.backend}, {1e3 * (r.p50_s or 0):.2f} ms, {share:.0f} %"
             out.append(
                 f'<rect x="{left}" y="{at}" width="{x(share) - left:.1f}" height="{bar - 2}" fill="{COLOURS[i]}">'
                 f"<title>{escape(title)}</title></rect>"
