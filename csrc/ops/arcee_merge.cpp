@@ -14,7 +14,7 @@
 #include "common/keys.h"
 #include "common/line_weights.h"
 #include "common/parallel.h"
-#include "common/stream.h"
+#include "common/put.h"
 
 namespace fastmerge {
 namespace {
@@ -215,23 +215,16 @@ void arcee_merge(std::uintptr_t out, int out_code, std::uintptr_t base, int base
                  std::int64_t offset, int threads) {
   const Pair x = make_pair(base, base_type, other, other_type);
   const auto out_type = static_cast<Dtype>(out_code);
-  const std::int64_t size = size_of(out_type);
-  const bool stream = n * size >= kStreamBytes;
+  const bool stream = n * size_of(out_type) >= kStreamBytes;
   with_compute_type(x, [&](auto zero) {
     using C = decltype(zero);
     const LineWeights<C> weights{pointer<C>(divergence), row, Lines::rows};
     parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
       alignas(64) C merged[kTile];
-      alignas(64) unsigned char rounded[kTile * sizeof(double)];
       each_tile<C>(x.base, x.other, weights, begin, end, offset,
                    [&](std::int64_t at, std::int64_t m, const C* a, const C* b, const C* w) {
                      merge_tile(a, b, w, static_cast<C>(threshold), merged, m);
-                     if (stream) {
-                       store_block(out_type, reinterpret_cast<std::uintptr_t>(rounded), 0, m, merged);
-                       stream_out(pointer<unsigned char>(out) + at * size, rounded, m * size);
-                     } else {
-                       store_block(out_type, out, at, m, merged);
-                     }
+                     put_block(out_type, out, at, m, merged, stream);
                    });
       if (stream) stream_fence();
     });

@@ -13,6 +13,7 @@
 #include "common/lanes.h"
 #include "common/model_sum.h"
 #include "common/parallel.h"
+#include "common/put.h"
 
 namespace fastmerge {
 namespace {
@@ -173,7 +174,6 @@ void inverse(const std::vector<std::uintptr_t>& in, const std::vector<int>& type
     const F* d = nullptr;
     if (subtracts) d = delta ? pointer<const F>(delta) + at : deltas(x, at, at + n, work.rows);
     alignas(64) F origin[kBlock], sum[kBlock];
-    alignas(64) unsigned char rounded[kBlock * sizeof(double)];
     for (std::int64_t i = 0; i < n; i += kBlock) {
       const std::int64_t m = std::min<std::int64_t>(kBlock, n - i);
       F* z = work.low + i;
@@ -182,12 +182,7 @@ void inverse(const std::vector<std::uintptr_t>& in, const std::vector<int>& type
         z = sum;
       }
       if (adds) add_block(z, load_block(x.types[0], in[0], at + i, m, origin), m);
-      if (stream) {
-        store_block(type, reinterpret_cast<std::uintptr_t>(rounded), 0, m, z);
-        stream_out(pointer<unsigned char>(out) + (at + i) * size_of(type), rounded, m * size_of(type));
-      } else {
-        store_block(type, out, at + i, m, z);
-      }
+      put_block(type, out, at + i, m, z, stream);
     }
     if (stream) stream_fence();
   });

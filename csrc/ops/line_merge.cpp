@@ -9,7 +9,7 @@
 #include "common/keys.h"
 #include "common/line_weights.h"
 #include "common/parallel.h"
-#include "common/stream.h"
+#include "common/put.h"
 
 namespace fastmerge {
 namespace {
@@ -134,12 +134,10 @@ void line_gram(std::uintptr_t out, std::uintptr_t base, int base_type, const std
 template <class C>
 void merge(const Deltas& d, std::uintptr_t out, Dtype out_type, const C* weight, std::int64_t count, std::int64_t n,
            std::int64_t row, Lines lines, int threads) {
-  const std::int64_t size = size_of(out_type);
-  const bool stream = n * size >= kStreamBytes;
+  const bool stream = n * size_of(out_type) >= kStreamBytes;
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     Tile<C> tile(d);
     alignas(64) C sum[kTile], w[kTile];
-    alignas(64) unsigned char rounded[kTile * sizeof(double)];
     for (std::int64_t at = begin; at < end; at += kTile) {
       const std::int64_t m = std::min(kTile, end - at);
       tile.load(at, m);
@@ -148,12 +146,7 @@ void merge(const Deltas& d, std::uintptr_t out, Dtype out_type, const C* weight,
         add_weighted(sum, tile.delta(k), w, k == 0, m);
       }
       if (tile.base()) add_block(sum, tile.base(), m);
-      if (stream) {
-        store_block(out_type, reinterpret_cast<std::uintptr_t>(rounded), 0, m, sum);
-        stream_out(pointer<unsigned char>(out) + at * size, rounded, m * size);
-      } else {
-        store_block(out_type, out, at, m, sum);
-      }
+      put_block(out_type, out, at, m, sum, stream);
     }
     if (stream) stream_fence();
   });

@@ -5,7 +5,7 @@
 #include "common/block.h"
 #include "common/export.h"
 #include "common/parallel.h"
-#include "common/stream.h"
+#include "common/put.h"
 
 namespace fastmerge {
 namespace {
@@ -28,21 +28,14 @@ FASTMERGE_NEARSWAP(double)
 template <class C>
 void run(std::uintptr_t out, Dtype out_type, std::uintptr_t base, Dtype base_type, std::uintptr_t other,
          Dtype other_type, std::int64_t n, double t, int threads) {
-  const std::int64_t size = size_of(out_type);
-  const bool stream = n * size >= kStreamBytes;
+  const bool stream = n * size_of(out_type) >= kStreamBytes;
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     alignas(64) C a[kBlock], b[kBlock], merged[kBlock];
-    alignas(64) unsigned char rounded[kBlock * sizeof(double)];
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const std::int64_t m = std::min(kBlock, end - at);
       swap_block(load_block(base_type, base, at, m, a), load_block(other_type, other, at, m, b), static_cast<C>(t),
                  merged, m);
-      if (stream) {
-        store_block(out_type, reinterpret_cast<std::uintptr_t>(rounded), 0, m, merged);
-        stream_out(pointer<unsigned char>(out) + at * size, rounded, m * size);
-      } else {
-        store_block(out_type, out, at, m, merged);
-      }
+      put_block(out_type, out, at, m, merged, stream);
     }
     if (stream) stream_fence();
   });

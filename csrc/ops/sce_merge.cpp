@@ -9,8 +9,8 @@
 #include "common/export.h"
 #include "common/keys.h"
 #include "common/parallel.h"
+#include "common/put.h"
 #include "common/sce_wide.h"
-#include "common/stream.h"
 
 namespace fastmerge {
 namespace {
@@ -207,8 +207,7 @@ void sce_merge(std::uintptr_t out, int out_code, std::uintptr_t base, int base_t
   const Deltas d = make_deltas(base, base_type, models, types);
   const Rule rule{key, index};
   const auto out_type = static_cast<Dtype>(out_code);
-  const std::int64_t size = size_of(out_type);
-  const bool stream = n * size >= kStreamBytes;
+  const bool stream = n * size_of(out_type) >= kStreamBytes;
   with_compute_type(d, [&](auto zero) {
     using C = decltype(zero);
     parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -230,17 +229,11 @@ void sce_merge(std::uintptr_t out, int out_code, std::uintptr_t base, int base_t
 #endif
       Tile<C> tile(d);
       alignas(64) C merged[kTile];
-      alignas(64) unsigned char rounded[kTile * sizeof(double)];
       for (; at < end; at += kTile) {
         const std::int64_t m = std::min(kTile, end - at);
         tile.load(at, m);
         tile.merge(weight, selects ? tile.keep(rule, offset + at) : nullptr, merged);
-        if (stream) {
-          store_block(out_type, reinterpret_cast<std::uintptr_t>(rounded), 0, m, merged);
-          stream_out(pointer<unsigned char>(out) + at * size, rounded, m * size);
-        } else {
-          store_block(out_type, out, at, m, merged);
-        }
+        put_block(out_type, out, at, m, merged, stream);
       }
       if (stream) stream_fence();
     });
