@@ -6,11 +6,13 @@ The module has no torch header: kernels take addresses, sizes and strides as int
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
+import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -53,13 +55,17 @@ _limit = threading.local()
 
 @contextlib.contextmanager
 def limit_threads(count: int) -> Iterator[None]:
-    """Within the block, kernels called from this thread use at most `count` threads."""
-    before = getattr(_limit, "count", None)
+    """Within the block, kernels called from this thread, torch's included, use at most `count` threads."""
+    before, torchs = getattr(_limit, "count", None), torch.get_num_threads()
     _limit.count = count
+    if count < torchs:
+        torch.set_num_threads(count)  # of this thread, and of threads that are new to torch meanwhile
     try:
         yield
     finally:
         _limit.count = before
+        if count < torchs:
+            torch.set_num_threads(torchs)
 
 
 def threads() -> int:
@@ -68,6 +74,36 @@ def threads() -> int:
     if limit is not None:
         return int(limit)
     return max(1, min(torch.get_num_threads(), _affinity()))
+
+
+def each(count: int, task: Callable[[int], None]) -> None:
+    """task(i) for i in range(count), on as many Python threads as kernels may use, each with kernels of one thread.
+
+    For tasks of some 100 microseconds that spend them outside the interpreter. The first exception stops the others.
+    """
+    workers = min(threads(), count)
+    if workers <= 1:
+        for i in range(count):
+            task(i)
+        return
+    take, errors = itertools.count(), list[BaseException]()
+
+    def run() -> None:
+        with limit_threads(1):
+            try:
+                while not errors and (i := next(take)) < count:  # next() is atomic under the interpreter lock
+                    task(i)
+            except BaseException as error:
+                errors.append(error)
+
+    others = [threading.Thread(target=contextvars.copy_context().run, args=(run,)) for _ in range(workers - 1)]
+    for thread in others:
+        thread.start()
+    run()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 _HUGE = 4 << 20  # bytes: below this a new array is not worth the call

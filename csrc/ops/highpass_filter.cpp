@@ -6,11 +6,18 @@
 // by (1 - gain), transformed back, and each block of rows subtracts its share: out = x - irfft2((1 - gain) rfft2(x)).
 // Where every column is touched the gain itself is applied and nothing is subtracted. Gains are counts of integer
 // intervals (fastmerge/ops/_spectral_mask.py); no frequency is ever compared here.
+//
+// A merge, out = base + (delta - low) with delta = sum_i w_i (model_i - base), adds its inputs up twice, once before
+// each row transform, while a block is in cache: they are read twice, and nothing of the matrix's size is written but
+// the result.
+#include <algorithm>
 #include <complex>
 
 #include "common/block.h"
 #include "common/export.h"
+#include "common/model_sum.h"
 #include "common/parallel.h"
+#include "common/put.h"
 
 namespace fastmerge {
 namespace {
@@ -111,21 +118,43 @@ FM_SIMD void subtract(const double* x, const double* y, double* z, std::int64_t 
   for (std::int64_t i = 0; i < n; ++i) z[i] = x[i] - y[i];
 }
 
-// out = x - low (or low itself where x is 0), rounded to out's dtype; x and out may be the same memory.
 template <class F>
-void finish(std::uintptr_t out, int out_type, std::uintptr_t x, int x_type, std::uintptr_t low, std::int64_t n,
-            int threads) {
+constexpr Dtype kCompute = std::is_same_v<F, double> ? Dtype::f64 : Dtype::f32;
+
+// out = base + (delta - low); without `subtracts` base + low, without `adds` no base. delta: where the sums are, or 0:
+// then they are added up again, block by block, from in[0 .. models] (the base first, if there is one). The n elements
+// are part of a result of `whole`; delta and out may be the same memory.
+template <class F>
+void finish(const std::vector<std::uintptr_t>& in, const std::vector<int>& in_types, bool has_base,
+            const std::vector<double>& weight, std::uintptr_t delta, bool adds, bool subtracts, std::uintptr_t out,
+            int out_type, std::uintptr_t low, std::int64_t n, std::int64_t whole, int threads) {
+  const std::vector<Dtype> types = dtypes(in_types);
+  const Dtype type = static_cast<Dtype>(out_type);
+  const bool stream = whole * static_cast<std::int64_t>(size_of(type)) >= kStreamBytes;
   parallel_for(n, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) F widened[kBlock], difference[kBlock];
+    alignas(64) F origin[kBlock], summed[kBlock], filtered[kBlock];
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const std::int64_t m = std::min<std::int64_t>(kBlock, end - at);
       const F* y = pointer<const F>(low) + at;
-      if (x != 0) {
-        subtract(load_block(static_cast<Dtype>(x_type), x, at, m, widened), y, difference, m);
-        y = difference;
+      if (subtracts) {
+        const F* d = summed;
+        if (delta != 0) {
+          d = pointer<const F>(delta) + at;
+        } else {
+          const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(summed) - at * sizeof(F);
+          sum_range<F>({to, kCompute<F>, in, types, has_base, false, false, weight, 1.0, 1.0}, at, at + m, false);
+        }
+        subtract(d, y, filtered, m);
+        y = filtered;
       }
-      store_block(static_cast<Dtype>(out_type), out, at, m, y);
+      if (adds) {
+        if (y != filtered) std::copy(y, y + m, filtered);
+        add_block(filtered, load_block(types[0], in[0], at, m, origin), m);
+        y = filtered;
+      }
+      put_block(type, out, at, m, y, stream);
     }
+    if (stream) stream_fence();
   });
 }
 

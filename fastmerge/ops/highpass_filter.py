@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, _triton
 from .._dispatch import op
 from ._checks import compute_dtype, require_float, require_like, result_like
-from ._highpass_cpu import Passes, Scratch, filter_matrices, held_bytes, row_transform_of
+from ._highpass_cpu import Passes, Scratch, filter_matrices, held_bytes
 from ._spectral_mask import SpectralMask, spectral_mask
 
 
@@ -60,9 +60,9 @@ def highpass_filter(
 
     Numerics: class B on the CPU (same bits for any batch and number of threads, of one build and CPU type), tolerance
         across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
-    Cost: at most one real FFT pair, about 5·HW·log2(HW) flops; with few touched columns and rows the last stages are
-        left out. CPU workspace: the touched columns in the compute dtype (a tenth of the matrix for `radial`) and
-        32·H numbers a thread. Rows of odd length or with a prime factor above 257 go through torch's transforms.
+    Cost: at most one real FFT pair, about 5·HW·log2(HW) flops, less for few touched columns: only these are transformed.
+        CPU workspace: the touched columns in the compute dtype (a tenth of the matrix for `radial`) and some blocks of
+        rows, about a megabyte a thread.
     Raises: TypeError for non-float tensors; ValueError for less than two axes, an unknown mask, or a bad cutoff.
     Source: FREE-Merging (arXiv:2411.16815), eq. 4-5; the published masks as in its code, without its second forward
         and third inverse transform.
@@ -164,7 +164,7 @@ def two_passes(
     ring_double: bool = False,
 ) -> Passes | None:
     """The filter of one [H, W] matrix that is fed by rows, twice, and never held; None where the CPU kernel does not
-    run for tensors like `like`, nothing is removed, or the width is odd or has a prime factor above 257.
+    run for tensors like `like`, or nothing is removed.
 
     scratch(key, numel, dtype) gives flat memory, that of the thin spectrum above all: H numbers for each touched column.
 
@@ -173,8 +173,7 @@ def two_passes(
     if highpass_filter.choose(like) != "cpu":
         return None
     plan = spectral_mask(*shape, cutoff, mask, ring_double)
-    transform = row_transform_of(plan, compute) if len(plan.columns) else None
-    return None if transform is None else Passes(plan, transform, compute, scratch)
+    return Passes(plan, compute, scratch) if len(plan.columns) else None
 
 
 def bytes_held(
@@ -185,8 +184,7 @@ def bytes_held(
     plan = spectral_mask(max(shape[0], 1), max(shape[1], 1), cutoff, mask, ring_double)
     if not len(plan.columns) or _native.why_not() is not None:
         return whole
-    held = held_bytes(plan, compute)
-    return whole if held is None else held
+    return held_bytes(plan, compute)
 
 
 def _noise(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
