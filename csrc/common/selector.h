@@ -8,24 +8,17 @@
 // exactly. Pieces may come in any order and of any size; the answer depends on the data alone.
 #pragma once
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "keys.h"
 #include "parallel.h"
-#include "scan.h"
-#include "select.h"
 #include "stream.h"
+#include "target.h"
 
 namespace fastmerge {
-
-struct Span {
-  std::int64_t start, stop;
-};
 
 class SelectorBase {
  public:
@@ -41,48 +34,9 @@ class SelectorBase {
 template <class C>
 class Selector final : public SelectorBase {
   using K = Key<C>;
-  static constexpr K kTop = KeyOf<C>::max;
-  static constexpr int kDigits = sizeof(K) / 2, kHistogram = 1 << 16;
-  enum class Phase { start, bracket, digits, locate, done };
-
-  struct Ties {  // how many elements of [start, stop) equal the bracket's ends
-    std::int64_t start, stop, hi, lo;
-  };
-  struct Segment {  // collected entries from `first` on have positions relative to `offset`
-    std::int64_t first, offset;
-  };
-  // What one thread's part of the feeds found for one target; no two in a cache line, since each thread writes its own.
-  struct alignas(128) Run {
-    Counts counts;
-    Buffer<K> key;
-    Buffer<std::uint32_t> where;
-    std::int64_t size = 0;
-    bool overflow = false;
-    std::vector<Segment> segments;
-    std::vector<Ties> ties;
-    std::vector<std::int64_t> histogram, found;
-
-    void clear() { *this = Run(); }
-    void reserve(std::int64_t n) {
-      key.reserve(n + kSlack);
-      where.reserve(n + kSlack);
-    }
-  };
-  struct Target {
-    std::size_t model;
-    std::int64_t k;
-    Phase phase = Phase::start;
-    Bracket<K> bracket{};
-    K key = 0, prefix = 0;       // the k-th key, once known; digits found so far
-    int digit = kDigits;         // digits still to find
-    std::int64_t need = 0;       // of the elements equal to key, how many are kept
-    std::int64_t remaining = 0;  // rank within the prefix
-    double share = 0;            // of the elements, expected inside the bracket
-    bool marked = false;         // the mask was written on the way, see mark()
-    Span span{};
-    Rule result{};
-    std::vector<Run> runs;
-  };
+  using Target = fastmerge::Target<C>;
+  using Run = typename Target::Run;
+  using Phase = typename Target::Phase;
 
  public:
   Selector(std::int64_t n, const std::vector<std::pair<std::size_t, std::int64_t>>& targets, std::size_t lanes = 1)
@@ -101,7 +55,10 @@ class Selector final : public SelectorBase {
 
   // With one target: the pass over the data also writes the mask of the elements kept, n bytes. It is whole when
   // marked() says so at the end; heavy ties and sorry samples take other passes, which write nothing.
-  void mark(std::uint8_t* mask) { mask_ = mask; }
+  void mark(std::uint8_t* mask) {
+    mask_ = mask;
+    for (auto& t : targets_) t.marks = mask != nullptr;
+  }
   bool marked() const { return mask_ && targets_.size() == 1 && targets_[0].marked; }
 
   // n elements of every delta: spans of the sample, `length` elements each, one after the other.
@@ -155,7 +112,10 @@ class Selector final : public SelectorBase {
     if (fed_ != expected_)
       throw std::invalid_argument("selector: " + std::to_string(fed_.load()) + " elements were fed, " +
                                   std::to_string(expected_) + " were asked for");
-    parallel_blocks(static_cast<std::int64_t>(targets_.size()), threads, [&](std::int64_t t) { step(targets_[t]); });
+    parallel_blocks(static_cast<std::int64_t>(targets_.size()), threads, [&](std::int64_t t) {
+      Target& target = targets_[t];
+      target.step(n_, samples_[target.model], spans_);
+    });
     for (auto& t : targets_) {
       if (mask_ && t.marked) {
         auto& runs = t.runs;
@@ -234,7 +194,7 @@ class Selector final : public SelectorBase {
           run.reserve(run.size + static_cast<std::int64_t>(t.share * static_cast<double>(end - begin)) + kBlock);
         if (t.bracket.tied) run.ties.push_back({offset + begin, offset + begin, 0, 0});
       }
-      if (t.phase == Phase::digits) run.histogram.resize(kHistogram);
+      if (t.phase == Phase::digits) run.histogram.resize(Target::kHistogram);
     }
     for (std::int64_t at = begin; at < end; at += kBlock) {
       const std::int64_t m = std::min(kBlock, end - at);
@@ -270,7 +230,7 @@ class Selector final : public SelectorBase {
                std::int64_t position, std::int64_t local) const {
 #ifdef FASTMERGE_AVX512
     if constexpr (std::is_same_v<C, float>) {
-      if (!direct(t)) return false;
+      if (!t.direct()) return false;
       if (run.overflow) return true;  // digits will be counted instead, whatever is found here
       Counts found;
       run.reserve(run.size + m);
@@ -296,18 +256,8 @@ class Selector final : public SelectorBase {
     (void)t, (void)d, (void)b, (void)at, (void)m, (void)run, (void)position, (void)local;
     return false;
   }
-  // Whether zeros lie below the bracket and every NaN above it, so that neither needs care.
-  bool direct(const Target& t) const {
-#ifdef FASTMERGE_AVX512
-    return std::is_same_v<C, float> && has_avx512() && t.phase == Phase::bracket && t.bracket.lo > 0 &&
-           t.bracket.hi < KeyOf<C>::inf;
-#else
-    (void)t;
-    return false;
-#endif
-  }
   static void count_ties(Run& run, std::int64_t position, std::int64_t m, const Counts& found) {
-    Ties* ties = &run.ties.back();
+    typename Target::Ties* ties = &run.ties.back();
     if (ties->stop - ties->start >= kGrain) {
       run.ties.push_back({position, position, 0, 0});
       ties = &run.ties.back();
@@ -335,7 +285,7 @@ class Selector final : public SelectorBase {
         break;
       case Phase::digits: {
         const int shift = 16 * (t.digit - 1);
-        const K mask = t.digit == kDigits ? 0 : static_cast<K>(static_cast<K>(-1) << (shift + 15) << 1);
+        const K mask = t.digit == Target::kDigits ? 0 : static_cast<K>(static_cast<K>(-1) << (shift + 15) << 1);
         for (std::int64_t i = 0; i < m; ++i)
           if ((key[i] & mask) == t.prefix) ++run.histogram[(key[i] >> shift) & 0xffff];
         break;
@@ -349,195 +299,17 @@ class Selector final : public SelectorBase {
     }
   }
 
-  void step(Target& t) {
-    switch (t.phase) {
-      case Phase::start: start(t); break;
-      case Phase::bracket: resolve(t); break;
-      case Phase::digits: next_digit(t); break;
-      case Phase::locate: {
-        std::vector<std::int64_t> found;
-        for (auto& run : t.runs) found.insert(found.end(), run.found.begin(), run.found.end());
-        settle(t, found);
-        break;
-      }
-      case Phase::done: break;
-    }
-  }
-
   // What a run collected and the rule keeps, into the mask.
   void mark_candidates(const Target& t, const Run& run) const {
     const K key = static_cast<K>(t.result.key);
     for (std::size_t g = 0; g < run.segments.size(); ++g) {
-      const Segment& segment = run.segments[g];
+      const auto& segment = run.segments[g];
       const std::int64_t stop = g + 1 < run.segments.size() ? run.segments[g + 1].first : run.size;
       std::uint8_t* to = mask_ + segment.offset;
       const std::int64_t last = t.result.index - segment.offset;
       for (std::int64_t i = segment.first; i < stop; ++i)
         if (run.key[i] > key || (run.key[i] == key && run.where[i] <= last)) to[run.where[i]] = 1;
     }
-  }
-
-  void start(Target& t) {
-    const std::vector<K>& all = samples_[t.model];
-    const auto s = static_cast<std::int64_t>(all.size());
-    if (n_ <= 1 << 15) return set_bracket(t, 0, kTop, false);
-    if (s < 64) return start_digits(t);
-    std::vector<K> sample(all);
-    sort_keys(sample);  // ascending
-    const double p = static_cast<double>(t.k) / static_cast<double>(n_);
-    const auto r = std::min(s - 1, static_cast<std::int64_t>(p * static_cast<double>(s)));
-    // Neighbours are alike in real tensors: the spread between spans, not a binomial, says how far off the rank can be.
-    const K pivot = sample[s - 1 - r];
-    std::int64_t at = 0, total = 0;
-    std::vector<std::int64_t> above;
-    for (const auto length : spans_) {
-      above.push_back(detail::count_above(all.data() + at, length, pivot));
-      total += above.back();
-      at += length;
-    }
-    double variance = 0;
-    for (std::size_t j = 0; j < spans_.size(); ++j) {
-      const double expected = static_cast<double>(total) * static_cast<double>(spans_[j]) / static_cast<double>(s);
-      variance += (above[j] - expected) * (above[j] - expected);
-    }
-    variance = std::max(variance, s * p * (1.0 - p));
-    const auto reach = static_cast<std::int64_t>(4.5 * std::sqrt(variance)) + 3;
-    const K hi = r >= reach ? sample[s - 1 - r + reach] : kTop, lo = r + reach < s ? sample[s - 1 - r - reach] : K{0};
-    std::int64_t inside = 0, ends = 0;
-    for (const K v : all) {
-      inside += v >= lo && v <= hi;
-      ends += v == lo || v == hi;
-    }
-    const bool tied = ends * 4 > inside;
-    set_bracket(t, lo, hi, tied);
-    t.share = 1.1 * static_cast<double>(tied ? inside - ends : inside) / static_cast<double>(s);
-  }
-
-  void set_bracket(Target& t, K lo, K hi, bool tied) {
-    t.bracket = {lo, hi, lo, static_cast<K>(hi - lo + 1), tied};
-    if (tied) {
-      t.bracket.first = lo + 1;
-      t.bracket.count = hi > lo ? hi - lo - 1 : 0;
-    }
-    t.phase = Phase::bracket;
-    t.marked = mask_ && !tied && direct(t);
-  }
-  void start_digits(Target& t) {
-    t.marked = false;
-    t.phase = Phase::digits;
-    t.digit = kDigits;
-    t.prefix = 0;
-    t.remaining = t.k;
-  }
-
-  void resolve(Target& t) {
-    Counts total;
-    std::int64_t inside = 0;
-    bool overflow = false;
-    for (const auto& run : t.runs) {
-      total.above += run.counts.above;
-      for (const auto& ties : run.ties) {
-        total.equal_hi += ties.hi;
-        total.equal_lo += ties.lo;
-      }
-      inside += run.size;
-      overflow = overflow || run.overflow;
-    }
-    std::int64_t rank = t.k - total.above;  // 1 = the largest that is not above
-    if (rank < 1 || overflow) return start_digits(t);
-    if (t.bracket.tied) {
-      if (rank <= total.equal_hi) return find_piece(t, t.bracket.hi, rank, true);
-      rank -= total.equal_hi;
-      if (rank > inside) {
-        rank -= inside;
-        if (rank <= total.equal_lo) return find_piece(t, t.bracket.lo, rank, false);
-      }
-    }
-    if (rank > inside) return start_digits(t);
-    std::vector<KeyPiece<K>> pieces;
-    for (const auto& run : t.runs) pieces.push_back({run.key.data(), run.size});
-    t.key = select_largest(pieces, rank - 1);
-    t.need = rank;
-    find_candidate(t);
-  }
-
-  // The need-th candidate equal to key in order of position; need still counts the candidates above key. Stretches of
-  // one segment are in order and apart from all others, so counting them finds the one stretch to look into.
-  void find_candidate(Target& t) {
-    struct Stretch {
-      std::int64_t position, ties, n;
-      const Segment* segment;
-      const Run* run;
-      std::int64_t first;
-    };
-    std::vector<Stretch> stretches;
-    for (const auto& run : t.runs) {
-      t.need -= sum_above(run, t.key);
-      for (std::size_t g = 0; g < run.segments.size(); ++g) {
-        const Segment& segment = run.segments[g];
-        const std::int64_t stop = g + 1 < run.segments.size() ? run.segments[g + 1].first : run.size;
-        for (std::int64_t i = segment.first; i < stop; i += kBlock) {
-          const std::int64_t m = std::min(kBlock, stop - i), ties = detail::count_equal(run.key.data() + i, m, t.key);
-          if (ties) stretches.push_back({segment.offset + run.where[i], ties, m, &segment, &run, i});
-        }
-      }
-    }
-    std::sort(stretches.begin(), stretches.end(),
-              [](const Stretch& a, const Stretch& b) { return a.position < b.position; });
-    for (const auto& s : stretches) {
-      if (t.need > s.ties) {
-        t.need -= s.ties;
-        continue;
-      }
-      std::vector<std::int64_t> found;
-      for (std::int64_t i = s.first; i < s.first + s.n; ++i)
-        if (s.run->key[i] == t.key) found.push_back(s.segment->offset + s.run->where[i]);
-      return settle(t, found);
-    }
-    throw std::logic_error("selector: a tie was lost");
-  }
-  static std::int64_t sum_above(const Run& run, K key) {
-    std::int64_t above = 0;
-    for (std::int64_t at = 0; at < run.size; at += kBlock)
-      above += detail::count_above(run.key.data() + at, std::min(kBlock, run.size - at), key);
-    return above;
-  }
-
-  // The piece that holds the need-th element equal to key, by the counts of pieces in order of position.
-  void find_piece(Target& t, K key, std::int64_t need, bool hi) {
-    std::vector<Ties> pieces;
-    for (const auto& run : t.runs) pieces.insert(pieces.end(), run.ties.begin(), run.ties.end());
-    std::sort(pieces.begin(), pieces.end(), [](const Ties& a, const Ties& b) { return a.start < b.start; });
-    t.key = key;
-    t.phase = Phase::locate;
-    for (const auto& piece : pieces) {
-      const std::int64_t here = hi ? piece.hi : piece.lo;
-      t.need = need;
-      t.span = {piece.start, piece.stop};
-      if (need <= here) return;
-      need -= here;
-    }
-    throw std::logic_error("selector: ties do not add up");
-  }
-
-  void settle(Target& t, std::vector<std::int64_t>& found) {
-    if (t.need < 1 || t.need > static_cast<std::int64_t>(found.size()))
-      throw std::logic_error("selector: a tie was lost");
-    std::nth_element(found.begin(), found.begin() + (t.need - 1), found.end());
-    t.result = {static_cast<std::uint64_t>(t.key), found[t.need - 1]};
-    t.phase = Phase::done;
-  }
-
-  void next_digit(Target& t) {
-    std::vector<std::int64_t> total(kHistogram, 0);
-    for (const auto& run : t.runs)
-      for (std::size_t v = 0; v < run.histogram.size(); ++v) total[v] += run.histogram[v];
-    std::int64_t v = kHistogram - 1;
-    while (v > 0 && t.remaining > total[v]) t.remaining -= total[v--];
-    if (t.remaining > total[v]) throw std::logic_error("selector: digits do not add up");
-    --t.digit;
-    t.prefix |= static_cast<K>(v) << (16 * t.digit);
-    if (t.digit == 0) set_bracket(t, t.prefix, t.prefix, true);
   }
 
   std::int64_t n_, expected_ = 0;
