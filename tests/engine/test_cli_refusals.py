@@ -1,0 +1,137 @@
+"""What the command line refuses: the message, the exit code, and nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load as load_folder
+from command_line import call, refused, three_checkpoints, write
+from safetensors.torch import load_file, save_file
+
+from fastmerge import cli
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return three_checkpoints(tmp_path)
+
+
+def test_a_typo_in_the_recipe(models):
+    recipe = write(models, merge_method="task_arithmatic")
+    refused(call("merge", recipe, models / "out"), "did you mean 'task_arithmetic'?", f"{recipe}:", "what to do:")
+    refused(call("check", write(models, densty=1)), "unknown key 'densty'")
+    assert not (models / "out").exists()
+
+
+def test_no_such_recipe_and_no_such_model(models):
+    refused(call("merge", models / "none.yml", models / "out"), "there is no recipe", "none.yml")
+    refused(call("check", write(models, base_model=str(models / "nope"))), "nope")
+
+
+def test_an_output_folder_that_is_not_empty(models):
+    (models / "out").mkdir()
+    (models / "out" / "mine.txt").write_text("keep me")
+    refused(call("merge", write(models), models / "out"), "not empty", "--force")
+    assert (models / "out" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("problem", ["missing", "extra", "shape"])
+def test_structural_problems_are_found_before_anything_is_written(models, problem):
+    state = load_file(models / "a" / "model.safetensors")
+    if problem == "missing":
+        del state["model.norm.weight"]
+    elif problem == "extra":
+        state["model.more.weight"] = torch.zeros(2)
+    else:
+        state["model.norm.weight"] = torch.zeros(9)
+    save_file(state, models / "a" / "model.safetensors")
+    recipe = write(models)
+    name = "model.more.weight" if problem == "extra" else "model.norm.weight"
+    refused(call("merge", recipe, models / "out"), name, str(models / "a"), "what to do:")
+    refused(call("check", recipe), name)
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yml"]
+    if problem == "extra":
+        assert call("merge", recipe, models / "out", "--ignore-extra").exit_code == 0
+
+
+def test_nan_is_found_named_and_can_be_resumed_with_a_warning(models):
+    state = load_file(models / "a" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(state, models / "a" / "model.safetensors")
+    recipe = write(models)
+    said = call("merge", recipe, models / "out")
+    refused(said, "model.layers.1.mlp.up_proj.weight", str(models / "a"))
+    assert not (models / "out").exists()
+    said = call("merge", recipe, models / "out", "--resume", "--nan", "warn")
+    assert said.exit_code == 0, said.stderr
+    assert "warning: 1 NaN or Inf" in said.stdout
+    assert load_folder(models / "out")["model.layers.1.mlp.up_proj.weight"].isnan().sum() == 1
+
+
+def test_pickles_need_permission(models):
+    state = load_file(models / "a" / "model.safetensors")
+    torch.save(state, models / "a" / "pytorch_model.bin")
+    (models / "a" / "model.safetensors").unlink()
+    recipe = write(models)
+    refused(call("merge", recipe, models / "out"), "--allow-pickle")
+    assert call("merge", recipe, models / "out", "--allow-pickle").exit_code == 0
+
+
+def test_errors_as_json(models):
+    said = call("merge", write(models, merge_method="nope"), models / "out", "--json")
+    error = json.loads(said.stdout)
+    assert (said.exit_code, error["exit_code"]) == (2, 2)
+    assert error["error"]["where"].startswith(str(models / "recipe.yml"))
+    assert error["error"]["what_to_do"].startswith("the methods are ")
+
+
+def test_debug_shows_the_traceback(models):
+    said = call("merge", models / "none.yml", models / "out", "--debug")
+    assert said.exit_code == 2
+    assert "Traceback (most recent call last)" in said.stderr
+
+
+def test_a_bug_is_called_a_bug(models, monkeypatch):
+    def run(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("fastmerge.engine.run", run)
+    said = call("merge", write(models), models / "out")
+    assert said.exit_code == 1
+    assert "RuntimeError: boom" in said.stderr
+    assert "report it" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_ctrl_c_before_anything_happened(models, monkeypatch):
+    def run(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmerge.engine.run", run)
+    assert call("merge", write(models), models / "out").exit_code == 3
+
+
+def test_files_that_may_not_be_written(models, monkeypatch):
+    def run(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere/out")
+
+    monkeypatch.setattr("fastmerge.engine.run", run)
+    refused(call("merge", write(models), models / "out"), "Permission denied", "/somewhere/out")
+
+
+@pytest.mark.parametrize("size", ["", "4X", "-1G", "G", "1e9"])
+def test_sizes_that_are_none(models, size):
+    said = call("merge", write(models), models / "out", f"--max-memory={size}")
+    assert said.exit_code == 2
+    assert "is not a size" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4G", 4 * 10**9), ("512MiB", 512 << 20), ("900m", 9 * 10**8), ("5B", 5 * 10**9), ("123", 123), ("1.5kB", 1500), (None, None)],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert cli.parse_size(text) == size
