@@ -29,6 +29,7 @@ from ._stages import (
     _finish,
     _roots,
     _times,
+    kept,
     matrix,
     padded,
     shape,
@@ -242,10 +243,10 @@ def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[st
         not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9
     )  # its products take more registers
     if tall.n3 > 1:
-        at_once = lanes()[1]
+        q, low = kept(plan, mask.rows)
         launch(
-            long_columns_kernel, (n1 * plan.blocks // at_once, batch), spectrum, three_tables(tall, device), *upon, mask.height,
-            mask.width, n1, *tall, *tall[1:], plan.blocks, share, int(plan.keep), P=LONG, LANES=at_once, **meta,
+            long_columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, three_tables(tall, device), *upon, mask.height,
+            mask.width, n1, *tall, low, plan.blocks, share, 1.0, int(plan.keep), P=LONG, Q=q, STEP=lanes()[1], **meta,
         )  # fmt: skip
         return
     h1, h2 = tall.padded

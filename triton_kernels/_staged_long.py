@@ -5,9 +5,11 @@ With n = n1·n2·n3, j = (j1·n2 + m1)·n3 + m2 and k = k1 + n1·(q1 + n2·q2):
     jk/n = j1·k1/n1 + [m1·k1/(n1·n2) + m2·k1/n] + m1·q1/n2 + m2·q1/(n2·n3) + m2·q2/n3    (mod 1)
 
 three products with [16, 16] matrices, and twiddles between them that come from three tables of that size. Six tables are
-one tensor, see `tables`. The two rows or columns of a program are `lane`, an index that goes along, where registers suffice
-(`lanes`). Else rows go one after the other, the second one's bins or the first one's waiting. Columns would have twice as
-much waiting, which spills: a program takes one, and its neighbour the other half of each sector, through the L2 cache.
+one tensor, see `tables`. The two rows or columns of a program are `lane`, an index that goes along. Two rows at a time take
+more registers than some GPUs have (`lanes`): rows then go one after the other, the second one's bins or the first one's
+waiting. Two columns go together everywhere, but only a few values of m2 at a time: the third stage adds them up, and back
+it makes those few first. What waits in between are the bins, and of those only the values of q2 that the gain leaves
+(`_stages.kept`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._jit import INTERPRETING, jit, target, tl
-from ._stages import LONG, Stages, _delta, _factor, _finish, table
+from ._stages import LONG, Stages, _delta, _factor, _finish, _load, table
 
 
 @functools.lru_cache(maxsize=64)
@@ -30,16 +32,16 @@ def tables(s: Stages, device: torch.device) -> Tensor:
 
 
 def lanes() -> tuple[int, int]:
-    """(rows, columns) at a time: what the compiled kernels have registers for."""
-    if INTERPRETING or target().backend != "cuda":
-        return 2, 2
-    return {10: (2, 2), 12: (1, 1)}.get(target().arch // 10, (2, 1))
+    """(rows, values of m2 of two columns) at a time: what the compiled kernels have registers for."""
+    if INTERPRETING:
+        return 2, LONG
+    return (1 if target().backend == "cuda" and target().arch // 10 == 12 else 2), 4
 
 
 @jit
 def _square(tables_ptr, which: tl.constexpr, P: tl.constexpr):
     """The matrix of a stage."""
-    at = tables_ptr + which * 2 * P * P + tl.arange(0, P)[:, None] * P + tl.arange(0, P)[None, :]
+    at = tables_ptr + (which * 2 * P * P + tl.arange(0, P)[:, None] * P + tl.arange(0, P)[None, :])
     return tl.load(at), tl.load(at + P * P)
 
 
@@ -57,7 +59,7 @@ def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
 def _turned(r, i, tables_ptr, which: tl.constexpr, row, column, BACK: tl.constexpr, P: tl.constexpr):
     """(r, i) times a twiddle, or (BACK) its conjugate."""
     tl.debug_barrier()  # tables are loaded one after another, where they are used: registers are scarce
-    at = tables_ptr + which * 2 * P * P + row * P + column
+    at = tables_ptr + (which * 2 * P * P + row * P + column)
     tr, ti = tl.load(at), tl.load(at + P * P)
     if BACK:
         ti = -ti
@@ -65,18 +67,45 @@ def _turned(r, i, tables_ptr, which: tl.constexpr, row, column, BACK: tl.constex
 
 
 @jit
-def _finer(ar, ai, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
-    """After the first product, [(lane, m1, m2), k1]: twiddles, second and third stage, [(lane, q1, k1), q2]."""
-    line, c = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
-    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // P % P, 0, P)
-    ar, ai = _turned(ar, ai, tables_ptr, 4, c, line % P, 0, P)
-    br = ar.reshape(LANES, P, P, P).permute(0, 2, 3, 1).reshape(LANES * P * P, P)  # [(lane, m2, k1), m1]
-    bi = ai.reshape(LANES, P, P, P).permute(0, 2, 3, 1).reshape(LANES * P * P, P)
+def _middle(
+    ar, ai, tables_ptr, start, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr
+):
+    """After the first product, [(lane, m1, m2), k1]: twiddles, second stage, twiddles; [lane, m2, k1, q1].
+
+    Of m2 the STEP values from `start` on.
+    """
+    line, c = tl.arange(0, LANES * P * STEP)[:, None], tl.arange(0, P)[None, :]
+    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // STEP % P, 0, P)
+    ar, ai = _turned(ar, ai, tables_ptr, 4, c, start + line % STEP, 0, P)
+    br = ar.reshape(LANES, P, STEP, P).permute(0, 2, 3, 1).reshape(LANES * STEP * P, P)  # [(lane, m2, k1), m1]
+    bi = ai.reshape(LANES, P, STEP, P).permute(0, 2, 3, 1).reshape(LANES * STEP * P, P)
     fr, fi = _square(tables_ptr, 1, P)
     br, bi = _product(br, bi, fr, fi, PRECISION)
-    br, bi = _turned(br, bi, tables_ptr, 5, c, line // P % P, 0, P)
-    br = br.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)  # [(lane, q1, k1), m2]
-    bi = bi.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)
+    br, bi = _turned(br, bi, tables_ptr, 5, c, start + line // P % STEP, 0, P)
+    return br.reshape(LANES, STEP, P, P), bi.reshape(LANES, STEP, P, P)
+
+
+@jit
+def _middle_back(br, bi, tables_ptr, start, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """`_middle` the other way: [(lane, q1, k1), m2] to [(lane, m1, m2), k1], for the last product."""
+    line, c = tl.arange(0, LANES * P * STEP)[:, None], tl.arange(0, P)[None, :]
+    br = br.reshape(LANES, P, P, STEP).permute(0, 3, 2, 1).reshape(LANES * STEP * P, P)  # [(lane, m2, k1), q1]
+    bi = bi.reshape(LANES, P, P, STEP).permute(0, 3, 2, 1).reshape(LANES * STEP * P, P)
+    br, bi = _turned(br, bi, tables_ptr, 5, c, start + line // P % STEP, 1, P)
+    fr, fi = _square(tables_ptr, 1, P)
+    br, bi = _product(br, bi, fr, -fi, PRECISION)
+    ar = br.reshape(LANES, STEP, P, P).permute(0, 3, 1, 2).reshape(LANES * P * STEP, P)  # [(lane, m1, m2), k1]
+    ai = bi.reshape(LANES, STEP, P, P).permute(0, 3, 1, 2).reshape(LANES * P * STEP, P)
+    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // STEP % P, 1, P)
+    return _turned(ar, ai, tables_ptr, 4, c, start + line % STEP, 1, P)
+
+
+@jit
+def _finer(ar, ai, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
+    """After the first product, [(lane, m1, m2), k1]: second and third stage, [(lane, q1, k1), q2]."""
+    br, bi = _middle(ar, ai, tables_ptr, 0, PRECISION, P, LANES, P)
+    br = br.permute(0, 3, 2, 1).reshape(LANES * P * P, P)  # [(lane, q1, k1), m2]
+    bi = bi.permute(0, 3, 2, 1).reshape(LANES * P * P, P)
     fr, fi = _square(tables_ptr, 2, P)
     return _product(br, bi, fr, fi, PRECISION)
 
@@ -84,18 +113,9 @@ def _finer(ar, ai, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: 
 @jit
 def _coarser(cr, ci, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr):
     """Back: [(lane, q1, k1), q2] to [(lane, m1, m2), k1], for the last product."""
-    line, c = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
     fr, fi = _square(tables_ptr, 2, P)
     br, bi = _product(cr, ci, fr, -fi, PRECISION)
-    br = br.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)  # [(lane, m2, k1), q1]
-    bi = bi.reshape(LANES, P, P, P).permute(0, 3, 2, 1).reshape(LANES * P * P, P)
-    br, bi = _turned(br, bi, tables_ptr, 5, c, line // P % P, 1, P)
-    fr, fi = _square(tables_ptr, 1, P)
-    br, bi = _product(br, bi, fr, -fi, PRECISION)
-    ar = br.reshape(LANES, P, P, P).permute(0, 3, 1, 2).reshape(LANES * P * P, P)  # [(lane, m1, m2), k1]
-    ai = bi.reshape(LANES, P, P, P).permute(0, 3, 1, 2).reshape(LANES * P * P, P)
-    ar, ai = _turned(ar, ai, tables_ptr, 3, c, line // P % P, 1, P)
-    return _turned(ar, ai, tables_ptr, 4, c, line % P, 1, P)
+    return _middle_back(br, bi, tables_ptr, 0, PRECISION, P, LANES, P)
 
 
 @jit
@@ -162,47 +182,90 @@ def long_rows_forward_kernel(
 
 
 @jit
-def _columns(first, H1, H2, H3, stride, P: tl.constexpr, LANES: tl.constexpr):
-    """Columns of the blocks first, ... as [(m1, m2, lane, (re, im)), h1], `stride` between pairs of rows; which exist."""
-    j, h1 = tl.arange(0, 2 * LANES * P * P)[:, None], tl.arange(0, P)[None, :]
-    m1, m2, block = j // (2 * LANES * P), j // (2 * LANES) % P, first + j // 2 % LANES
-    h = (h1 * H2 + m1) * H3 + m2
-    return h // 2 * stride + h % 2 * 4 + block // 2 * 8 + block % 2 * 2 + j % 2, (h1 < H1) & (m1 < H2) & (m2 < H3)
+def _columns(first, start, H1, H2, H3, stride, P: tl.constexpr, STEP: tl.constexpr):
+    """Of two columns (of the blocks first, first + 1) STEP of the values of m2, as [(m1, m2, lane, (re, im)), h1].
 
-
-@jit(do_not_specialize=["rings", "keep", "H2_AGAIN", "H3_AGAIN"])
-def long_columns_kernel(
-    spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, H2_AGAIN, H3_AGAIN, blocks, share,
-    keep, TABLES: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """LANES columns (of neighbouring blocks): transform, gain, transform back, in place.
-
-    H2_AGAIN, H3_AGAIN = H2, H3: with other names the addresses are computed again for the stores, instead of held in
-    registers that spill.
+    `stride` between pairs of rows; and which of them exist.
     """
-    k1, first, batch = tl.program_id(0) % N1, tl.program_id(0) // N1 * LANES, tl.program_id(1).to(tl.int64)
+    j, h1 = tl.arange(0, 4 * P * STEP)[:, None], tl.arange(0, P)[None, :]
+    m1, m2 = j // (4 * STEP), start + j // 4 % STEP
+    h = (h1 * H2 + m1) * H3 + m2
+    return h // 2 * stride + h % 2 * 4 + first * 4 + j % 4, (h1 < H1) & (m1 < H2) & (m2 < H3)
+
+
+@jit
+def _kept(i, H3, low, P: tl.constexpr, Q: tl.constexpr):
+    """The i-th of the Q values of q2 that the gain leaves: the first `low` and the last ones."""
+    if Q == P:
+        q2 = i
+    else:
+        q2 = tl.where(i < low, i, H3 - Q + i)
+    return q2
+
+
+@jit
+def _third(tables_ptr, start, H3, low, BACK: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr):
+    """The third stage as a real matrix, because `tl.dot` wants depths of 16, and complex products would be STEP or Q deep:
+    [(m2, lane, (re, im)), (lane, q2, (re, im))], zero where the lanes differ; BACK: [(q2, (re, im)), (m2, (re, im))].
+    """
+    if BACK:
+        m, q = tl.arange(0, 2 * STEP)[None, :], tl.arange(0, 2 * Q)[:, None]
+        m2, ok = m // 2, None
+    else:
+        m, q = tl.arange(0, 4 * STEP)[:, None], tl.arange(0, 4 * Q)[None, :]
+        m2, ok = m // 4, m // 2 % 2 == q // (2 * Q)
+    same = m % 2 == q % 2  # cos, else -sin; one offset, because sums of pointers take twice the registers
+    at = (start + m2) * P + _kept(q // 2 % Q, H3, low, P, Q) + tl.where(same, 4 * P * P, 5 * P * P)
+    f = _load(tables_ptr + at, ok)
+    return tl.where(same | (m % 2 == 0), f, -f)
+
+
+@jit(do_not_specialize=["rings", "keep", "low"])
+def long_columns_kernel(
+    spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, low, blocks, share, one, keep,
+    TABLES: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Two columns (of neighbouring blocks), STEP of the values of m2 at a time: transform, gain, transform back, in place.
+
+    Q, low: the values of q2 that the gain leaves, see `_stages.kept`; the others are not computed.
+    one = 1.0, which the compiler does not know: it would split the bins for 3xTF32 before the second loop, and hold both
+    parts of all of them in registers that spill.
+    """
+    k1, first, batch = tl.program_id(0) % N1, tl.program_id(0) // N1 * 2, tl.program_id(1).to(tl.int64)
     here = spectrum_ptr + (batch * ((height + 1) // 2) * N1 + k1) * (4 * blocks)
-    place, ok = _columns(first, H1, H2, H3, N1 * 4 * blocks, P, LANES)
-    x = tl.load(here + place, mask=ok, other=0.0)
-    xr, xi = (
-        x.reshape(P * P, LANES, 2, P).permute(1, 0, 3, 2).reshape(LANES * P * P, P, 2).split()
-    )  # [(lane, m1, m2), h1]
-    fr, fi = _square(tables_ptr, 0, P)
-    ar, ai = _product(xr, xi, fr, fi, PRECISION)
-    cr, ci = _finer(ar, ai, tables_ptr, PRECISION, P, LANES)  # [(lane, q1, ky1), q2]
-    line, q2 = tl.arange(0, LANES * P * P)[:, None], tl.arange(0, P)[None, :]
+    c = tl.zeros((P * P, 4 * Q), tl.float32)  # [(q1, ky1), (lane, q2, (re, im))]
+    for start in tl.range(0, H3, STEP):
+        place, ok = _columns(first, start, H1, H2, H3, N1 * 4 * blocks, P, STEP)
+        x = tl.load(here + place, mask=ok, other=0.0)
+        xr, xi = x.reshape(P * STEP, 2, 2, P).permute(1, 0, 3, 2).reshape(2 * P * STEP, P, 2).split()
+        fr, fi = _square(tables_ptr, 0, P)
+        ar, ai = _product(xr, xi, fr, fi, PRECISION)  # [(lane, m1, m2), ky1]
+        br, bi = _middle(ar, ai, tables_ptr, start, PRECISION, P, 2, STEP)
+        br = br.permute(3, 2, 1, 0).reshape(P * P, 2 * STEP)  # [(q1, ky1), (m2, lane)]
+        bi = bi.permute(3, 2, 1, 0).reshape(P * P, 2 * STEP)
+        tl.debug_barrier()
+        f = _third(tables_ptr, start, H3, low, 0, P, Q, STEP)
+        c = tl.dot(tl.join(br, bi).reshape(P * P, 4 * STEP), f, c, input_precision=PRECISION)
+    line, q2 = tl.arange(0, 2 * P * P)[:, None], _kept(tl.arange(0, Q)[None, :], H3, low, P, Q)
     q1, ky1 = line // P % P, line % P
     ky = tl.where((q1 < H2) & (ky1 < H1) & (q2 < H3), ky1 + H1 * (q1 + H2 * q2), height)
     kx = k1 + N1 * (first + line // (P * P))
     tl.debug_barrier()
     factor = _factor(bounds_ptr, ring_ptr, rings, ky, kx, height, width, keep, TABLES) * share
     tl.debug_barrier()
-    ar, ai = _coarser(cr * factor, ci * factor, tables_ptr, PRECISION, P, LANES)
-    fr, fi = _square(tables_ptr, 0, P)
-    yr, yi = _product(ar, ai, fr, -fi, PRECISION)
-    y = tl.join(yr, yi).reshape(LANES, P * P, P, 2).permute(1, 0, 3, 2).reshape(2 * LANES * P * P, P)
-    place, ok = _columns(first, H1, H2_AGAIN, H3_AGAIN, N1 * 4 * blocks, P, LANES)
-    tl.store(here + place, y, mask=ok)
+    c = c.reshape(P * P, 2, 2 * Q).permute(1, 0, 2).reshape(2 * P * P, Q, 2)
+    c = (c * factor[:, :, None]).reshape(2 * P * P, 2 * Q)
+    for start in tl.range(0, H3, STEP):
+        tl.debug_barrier()
+        c = c * one
+        f = _third(tables_ptr, start, H3, low, 1, P, Q, STEP)
+        br, bi = tl.dot(c, f, input_precision=PRECISION).reshape(2 * P * P, STEP, 2).split()
+        ar, ai = _middle_back(br, bi, tables_ptr, start, PRECISION, P, 2, STEP)
+        fr, fi = _square(tables_ptr, 0, P)
+        yr, yi = _product(ar, ai, fr, -fi, PRECISION)  # [(lane, m1, m2), h1]
+        y = tl.join(yr, yi).reshape(2, P * STEP, P, 2).permute(1, 0, 3, 2).reshape(4 * P * STEP, P)
+        place, ok = _columns(first, start, H1, H2, H3, N1 * 4 * blocks, P, STEP)
+        tl.store(here + place, y, mask=ok)
 
 
 @jit

@@ -20,6 +20,7 @@ from ._jit import jit, narrow, scalar, tl, upload
 
 RADIX = 32  # largest of two stages
 LONG = 16  # largest of three
+FEW = 8  # of the values of the last of three that columns compute, where the gain leaves no more
 TILE = 32  # largest matrix of one tile
 
 
@@ -79,6 +80,8 @@ def shape(height: int, width: int, last: int) -> Shape | None:
     rows, tall = stages(width), stages(height)
     if rows is None or tall is None:
         return None
+    if tall.n3 % 2 and tall.n3 > 1 and tall.n2 % 2 == 0:
+        tall = Stages(tall.n1, tall.n3, tall.n2)  # a few values of m2 are pairs of rows, which share a sector
     every = width // 2 // rows.n1 + 1  # blocks that hold the columns 0 ... width // 2
     some = last // rows.n1 + 1
     keep = 16 * (every - some) < 4 * rows.rest  # the rest of the spectrum, 4 ways, is less than x again
@@ -86,12 +89,31 @@ def shape(height: int, width: int, last: int) -> Shape | None:
     return Shape(rows, tall, count + count % 2, keep)
 
 
-def flops(s: Shape) -> float:
-    """Of the three launches, for each element of x, padding included."""
+def kept(s: Shape, rows: Tensor) -> tuple[int, int]:
+    """(Q, low) of columns of three stages: the values of q2 that are computed, the first `low` and the last Q − low.
+
+    Row k1 + n1·(q1 + n2·q2) of the spectrum is multiplied by zero unless `rows` lists it: the removed ones are around 0.
+    Where the kept part comes back all values are computed.
+    """
+    n1, n2, n3 = s.tall
+    if n3 <= FEW:
+        return FEW, FEW
+    wanted = set((rows // (n1 * n2)).tolist())
+    for low in range(FEW + 1) if not s.keep else ():
+        if wanted <= {*range(low), *range(n3 - FEW + low, n3)}:
+            return FEW, low
+    return LONG, 0
+
+
+def flops(s: Shape, changed: Tensor) -> float:
+    """Of the three launches, for each element of x, padding included; `changed` rows of the spectrum (`kept`)."""
     (p1, *others), q = s.rows.padded, padded(-(-s.blocks // s.rows.n2)) if s.rows.n3 > 1 else padded(s.blocks)
     grown = math.prod(s.rows.padded) / math.prod(s.rows)
     rows = 2 * (4 * p1 + 8 * sum(others[:-1]) + 8 * q) * grown
-    return rows + 16 * sum(s.tall.padded) * math.prod(s.tall.padded) / math.prod(s.tall) * s.share
+    columns = 16 * sum(s.tall.padded[:2])
+    if s.tall.n3 > 1:
+        columns += 24 * kept(s, changed)[0]  # 16 there, half of it zeros, and 8 back
+    return rows + columns * math.prod(s.tall.padded) / math.prod(s.tall) * s.share
 
 
 # ------------------------------------------------------------------------------------------------------ device code

@@ -58,6 +58,9 @@ class Mask(Protocol):
     ring: Tensor
     columns: Tensor
 
+    @property
+    def rows(self) -> Tensor: ...
+
     def gain(self) -> Tensor: ...
 
 
@@ -92,7 +95,7 @@ def costs(mask: Mask) -> dict[str, float]:
     if plan is not None:
         data = (8 if plan.keep else 12) + 16 * plan.share
         slower = _THREE_STAGES_SLOWER if max(plan.rows.n3, plan.tall.n3) > 1 else _STAGED_SLOWER
-        found["staged"] = data + slower * flops(plan) / FLOPS_PER_BYTE
+        found["staged"] = data + slower * flops(plan, mask.rows) / FLOPS_PER_BYTE
     return found | {"fft": _FFT_BYTES}
 
 

@@ -184,6 +184,11 @@ def _() -> object:
     return _highpass("staged", 4096, 4096, 0.2, torch.bfloat16, 3)
 
 
+@scenario("highpass_filter bf16, whole merge, staged, long, the kept part")
+def _() -> object:
+    return _highpass("staged", 4096, 4096, 0.9, torch.bfloat16, 3)
+
+
 @scenario("highpass_filter bf16, fft")
 def _() -> object:
     return _highpass("fft", 66, 130, 0.2, torch.bfloat16)

@@ -58,14 +58,17 @@ def test_every_form_is_exact(which, height, width, options):
     assert relative_rms(out, want) < 2e-6 * max(1.0, float(x.square().mean().sqrt() / want.square().mean().sqrt()))
 
 
-@pytest.mark.parametrize("lanes", [(2, 2), (1, 1)])
+@pytest.mark.parametrize("lanes", [(2, 16), (1, 4)])
 @pytest.mark.parametrize(
-    ("height", "width", "cutoff"), [(3, 1331, 0.1), (2, 2048, 0.05), (60, 9, 0.4), (27, 8, 1.2), (9, 30, 0.5)]
-)
+    ("height", "width", "cutoff"),
+    [(3, 1331, 0.1), (2, 2048, 0.05), (60, 9, 0.4), (27, 8, 1.2), (9, 30, 0.5), (56, 9, 0.3), (56, 8, 1.2), (52, 6, 0.5)],
+)  # fmt: skip
 def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
     # For columns a short length stands for a long one: every pair of rows is a program, and the interpreter is slow.
     monkeypatch.setattr(stages_module, "stages", lambda n: short.get(n) or stages(n))
-    short = {60: Stages(5, 4, 3), 27: Stages(3, 3, 3), 30: Stages(2, 3, 5)}
+    short = {
+        60: Stages(5, 4, 3), 27: Stages(3, 3, 3), 30: Stages(2, 3, 5), 56: Stages(2, 2, 14), 52: Stages(2, 2, 13),
+    }  # fmt: skip
     monkeypatch.setattr(sys.modules[one_tile.__module__], "lanes", lambda: lanes)
     monkeypatch.setattr(sys.modules[kernel.__module__], "TILE", 0)
     x = torch.randn(1, height, width, generator=torch.Generator().manual_seed(4))
@@ -84,6 +87,77 @@ def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
     keeps = stages_module.shape(height, width, int(mask.columns[-1])).keep
     assert guard.touched(x) == (1 if keeps else 2) * x.numel()
     assert guard.touched(out) == out.numel()
+    if width == 2048:  # the data; tables of roots stay in the L1 cache
+        roots = sys.modules[one_tile.__module__].three_tables(stages(2048), x.device)
+        low, high = roots.data_ptr(), roots.data_ptr() + roots.nbytes
+        guard.accesses = [
+            a for a in guard.accesses
+            if a.kernel.startswith("long_rows") and a.addresses.size and not low <= int(a.addresses[0]) < high
+        ]  # fmt: skip
+        assert guard.bytes_moved() > 0
+        assert guard.full_sector_share() >= 0.95
+
+
+@pytest.mark.parametrize("step", [16, 4])
+@pytest.mark.parametrize(
+    ("height", "cutoff", "window"),
+    [(4096, 0.3, (8, 3)), (4096, 0.6, (16, 0)), (4096, 1.2, (16, 0)), (3072, 0.5, (8, 3)), (2048, 0.9, (8, 8)), (1331, 0.3, (8, 2))],
+)  # fmt: skip
+def test_columns_of_three_stages(height, cutoff, window, step, monkeypatch):
+    # The kernel between the rows' kernels alone: their programs are too many for the interpreter.
+    width, staged = 4, sys.modules[one_tile.__module__]
+    monkeypatch.setattr(staged, "lanes", lambda: (2, step))
+    mask = spectral_mask(height, width, cutoff, "radial", False)
+    plan = stages_module.shape(height, width, int(mask.columns[-1]))
+    assert plan.keep == (cutoff > 1)
+    assert stages_module.kept(plan, mask.rows) == window
+    pairs, n1 = -(-height // 2), plan.rows.n1
+    bins = torch.randn(2, pairs, n1, plan.blocks // 2, 8, generator=torch.Generator().manual_seed(5))
+    meta = {"TABLES": mask.bounds.shape[0], "PRECISION": "ieee", "device": bins.device}
+
+    def planes(t):  # complex [2, height, kx]
+        t = t.view(2, pairs, n1, -1, 2, 2, 2).permute(0, 1, 4, 3, 5, 2, 6)  # [.., pair, row, (block), k1, (re, im)]
+        return torch.view_as_complex(t.reshape(2, 2 * pairs, -1, 2).double())[:, :height]
+
+    kx = torch.arange(plan.blocks * n1)
+    share = torch.zeros(height, len(kx), dtype=torch.float64)
+    held = kx[kx <= width // 2]
+    share[:, held] = (mask.gain() if plan.keep else 1 - mask.gain())[:, held]
+    share *= torch.where((kx == 0) | (2 * kx == width), 1, 2) / width
+    want = torch.fft.ifft(torch.fft.fft(planes(bins), dim=1) * share, dim=1)
+
+    def error():
+        got = bins.clone()
+        with memory_guard() as guard:
+            staged._columns(plan, got, mask, 2, meta)
+        assert guard.touched(got) == 2 * planes(got).numel() * 2  # read once, written once
+        if height % 2 == 0:  # in an odd one two steps share sectors
+            assert guard.full_sector_share(got) >= 0.95
+        return relative_rms(torch.view_as_real(planes(got)).float(), torch.view_as_real(want).float())
+
+    assert error() < 2e-6
+    if plan.tall.n3 > 8 and window[0] == 8:
+        for low in (window[1] - 1, 8):  # a window that cuts off changed rows, at either end, is seen
+            monkeypatch.setattr(staged, "kept", lambda *_, low=low: (8, low))
+            assert error() > 1e-3
+
+
+def test_columns_compute_what_the_gain_leaves():
+    def kept(n3, rows, keep=False):
+        return stages_module.kept(
+            stages_module.Shape(Stages(4, 1), Stages(16, 16, n3), 2, keep), torch.tensor(rows, dtype=torch.int32)
+        )
+
+    assert kept(16, [0]) == (8, 1)
+    assert kept(16, [0, 255, 256, 16 * 256 - 1]) == (8, 2)
+    assert kept(16, [0, 16 * 256 - 7 * 256]) == (8, 1)
+    assert kept(16, [0, 16 * 256 - 7 * 256 - 1]) == (16, 0)  # nine values of q2, 0 and 8 ... 15
+    assert kept(16, [0, 7 * 256, 8 * 256 - 1]) == (8, 8)
+    assert kept(16, [0, 8 * 256]) == (16, 0)  # not around 0
+    assert kept(16, [0], keep=True) == (16, 0)
+    assert kept(8, range(0, 2048, 5), keep=True) == (8, 8)
+    assert stages_module.shape(1694, 100, 3).tall == (11, 11, 14)  # even last, for whole sectors
+    assert stages_module.shape(1694, 100, 3).rows == stages(100)
 
 
 def test_a_length_is_two_or_three_stages_or_none():
