@@ -246,7 +246,7 @@ def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[st
         q, low = kept(plan, mask.rows)
         launch(
             long_columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, three_tables(tall, device), *upon, mask.height,
-            mask.width, n1, *tall, low, plan.blocks, share, 1.0, int(plan.keep), P=LONG, Q=q, STEP=lanes()[1], **meta,
+            mask.width, n1, *tall, low, plan.blocks, share, 1.0, 0, int(plan.keep), P=LONG, Q=q, STEP=lanes()[1], **meta,
         )  # fmt: skip
         return
     h1, h2 = tall.padded

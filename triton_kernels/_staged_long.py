@@ -182,12 +182,13 @@ def long_rows_forward_kernel(
 
 
 @jit
-def _columns(first, start, H1, H2, H3, stride, P: tl.constexpr, STEP: tl.constexpr):
+def _columns(first, start, zero, H1, H2, H3, stride, P: tl.constexpr, STEP: tl.constexpr):
     """Of two columns (of the blocks first, first + 1) STEP of the values of m2, as [(m1, m2, lane, (re, im)), h1].
 
     `stride` between pairs of rows; and which of them exist.
     """
-    j, h1 = tl.arange(0, 4 * P * STEP)[:, None], tl.arange(0, P)[None, :]
+    again = start * zero
+    j, h1 = again + tl.arange(0, 4 * P * STEP)[:, None], again + tl.arange(0, P)[None, :]
     m1, m2 = j // (4 * STEP), start + j // 4 % STEP
     h = (h1 * H2 + m1) * H3 + m2
     return h // 2 * stride + h % 2 * 4 + first * 4 + j % 4, (h1 < H1) & (m1 < H2) & (m2 < H3)
@@ -220,22 +221,22 @@ def _third(tables_ptr, start, H3, low, BACK: tl.constexpr, P: tl.constexpr, Q: t
     return tl.where(same | (m % 2 == 0), f, -f)
 
 
-@jit(do_not_specialize=["rings", "keep", "low"])
+@jit(do_not_specialize=["rings", "keep", "low", "zero"])
 def long_columns_kernel(
-    spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, low, blocks, share, one, keep,
+    spectrum_ptr, tables_ptr, bounds_ptr, ring_ptr, rings, height, width, N1, H1, H2, H3, low, blocks, share, one, zero, keep,
     TABLES: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Two columns (of neighbouring blocks), STEP of the values of m2 at a time: transform, gain, transform back, in place.
 
     Q, low: the values of q2 that the gain leaves, see `_stages.kept`; the others are not computed.
-    one = 1.0, which the compiler does not know: it would split the bins for 3xTF32 before the second loop, and hold both
-    parts of all of them in registers that spill.
+    one = 1.0 and zero = 0, which the compiler does not know: it would split the bins for 3xTF32 before the second loop,
+    and compute addresses before either, and hold all that in registers that spill.
     """
     k1, first, batch = tl.program_id(0) % N1, tl.program_id(0) // N1 * 2, tl.program_id(1).to(tl.int64)
     here = spectrum_ptr + (batch * ((height + 1) // 2) * N1 + k1) * (4 * blocks)
     c = tl.zeros((P * P, 4 * Q), tl.float32)  # [(q1, ky1), (lane, q2, (re, im))]
     for start in tl.range(0, H3, STEP):
-        place, ok = _columns(first, start, H1, H2, H3, N1 * 4 * blocks, P, STEP)
+        place, ok = _columns(first, start, zero, H1, H2, H3, N1 * 4 * blocks, P, STEP)
         x = tl.load(here + place, mask=ok, other=0.0)
         xr, xi = x.reshape(P * STEP, 2, 2, P).permute(1, 0, 3, 2).reshape(2 * P * STEP, P, 2).split()
         fr, fi = _square(tables_ptr, 0, P)
@@ -264,7 +265,7 @@ def long_columns_kernel(
         fr, fi = _square(tables_ptr, 0, P)
         yr, yi = _product(ar, ai, fr, -fi, PRECISION)  # [(lane, m1, m2), h1]
         y = tl.join(yr, yi).reshape(2, P * STEP, P, 2).permute(1, 0, 3, 2).reshape(4 * P * STEP, P)
-        place, ok = _columns(first, start, H1, H2, H3, N1 * 4 * blocks, P, STEP)
+        place, ok = _columns(first, start, zero, H1, H2, H3, N1 * 4 * blocks, P, STEP)
         tl.store(here + place, y, mask=ok)
 
 
