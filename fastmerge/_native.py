@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,19 +55,36 @@ def _affinity() -> int:
 _limit = threading.local()
 
 
+@functools.cache
+def _limit_mkl() -> Callable[[int], int] | None:
+    """MKL's threads of the calling thread (0: as many as torch's), the previous number being returned; None without MKL.
+
+    torch.set_num_threads would also be the default of every thread that is new to torch meanwhile.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        limit: Callable[[int], int] = library.MKL_Set_Num_Threads_Local
+        return limit
+    except (OSError, AttributeError):
+        return None
+
+
 @contextlib.contextmanager
 def limit_threads(count: int) -> Iterator[None]:
-    """Within the block, kernels called from this thread, torch's included, use at most `count` threads."""
+    """Within the block, kernels and Fourier transforms called from this thread use at most `count` threads."""
     before, torchs = getattr(_limit, "count", None), torch.get_num_threads()
-    _limit.count = count
-    if count < torchs:
-        torch.set_num_threads(count)  # of this thread, and of threads that are new to torch meanwhile
+    mkl = _limit_mkl() if count < torchs else None
+    mkls = None
     try:
+        _limit.count = count
+        mkls = None if mkl is None else mkl(count)
         yield
     finally:
         _limit.count = before
-        if count < torchs:
-            torch.set_num_threads(torchs)
+        if mkl is not None and mkls is not None:
+            mkl(mkls)
+            if torch.get_num_threads() != torchs:  # MKL's transforms set OpenMP's own, too
+                torch.set_num_threads(torchs)
 
 
 def threads() -> int:
@@ -97,11 +116,18 @@ def each(count: int, task: Callable[[int], None]) -> None:
                 errors.append(error)
 
     others = [threading.Thread(target=contextvars.copy_context().run, args=(run,)) for _ in range(workers - 1)]
-    for thread in others:
-        thread.start()
-    run()
-    for thread in others:
-        thread.join()
+    started = []
+    try:
+        for thread in others:
+            thread.start()
+            started.append(thread)
+        run()
+    except BaseException as error:  # an interrupt between tasks: the others stop too
+        errors.append(error)
+        raise
+    finally:
+        for thread in started:
+            thread.join()
     if errors:
         raise errors[0]
 

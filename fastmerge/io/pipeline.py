@@ -401,10 +401,11 @@ def chunk_elements(count: int, widest: int, workers: int, max_memory: int | None
 
 @contextmanager
 def opened(workers: int, *, in_memory: bool = False) -> Iterator[tuple[Pool, Files]]:
-    """A pool and a file table, closed on the way out."""
+    """A pool and a file table, closed on the way out; meanwhile kernels use at most `workers` threads between chunks, too."""
     pool, files = Pool(workers, in_memory=in_memory), Files()
     try:
-        yield pool, files
+        with contextlib.nullcontext() if in_memory else _native.limit_threads(workers):
+            yield pool, files
     finally:
         pool.close()
         files.close()

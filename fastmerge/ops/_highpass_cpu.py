@@ -195,9 +195,9 @@ def _finite(spectrum: Tensor, count: int) -> Tensor:
 def held_bytes(plan: SpectralMask, compute: torch.dtype) -> int:
     """Memory of :class:`Passes` besides its rows' inputs and results."""
     pair, count = 2 * compute.itemsize, len(plan.columns)
-    # Sums, their spectrum, and a transform's own copy.
+    # Sums, their spectrum, and a transform's own copies; every thread has a block of its own.
     rows = _native.threads() * 3 * pair * plan.width * (_together(plan.width, _ROW_BLOCK) + 1)
-    columns = 3 * pair * plan.height * min(count, _together(plan.height, _COLUMN_BLOCK) + 1)
+    columns = 4 * pair * plan.height * min(count, _native.threads() * (_together(plan.height, _COLUMN_BLOCK) + 1))
     return pair * plan.height * count + max(rows, columns)
 
 

@@ -61,8 +61,8 @@ def highpass_filter(
     Numerics: class B on the CPU (same bits for any batch and number of threads, of one build and CPU type), tolerance
         across backends. float32 transforms (float64 for float64), rounded once to the result's dtype.
     Cost: at most one real FFT pair, about 5·HW·log2(HW) flops, less for few touched columns: only these are transformed.
-        CPU workspace: the touched columns in the compute dtype (a tenth of the matrix for `radial`) and some blocks of
-        rows, about a megabyte a thread.
+        CPU workspace: the touched columns in the compute dtype (a tenth of the matrix for `radial`), and for each thread
+        a block of 2^17 elements, or of 16 to 32 rows or columns where these are longer, three times over.
     Raises: TypeError for non-float tensors; ValueError for less than two axes, an unknown mask, or a bad cutoff.
     Source: FREE-Merging (arXiv:2411.16815), eq. 4-5; the published masks as in its code, without its second forward
         and third inverse transform.
