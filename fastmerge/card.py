@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def output_files(recipe: Recipe, config: Mapping[str, Any] | None, report: Report | None = None) -> dict[str, bytes]:

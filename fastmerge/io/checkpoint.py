@@ -7,6 +7,7 @@ Opening reads headers only. :class:`Checkpoint` knows every tensor's dtype, shap
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ INDEX_FILES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetens
 SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt")
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)  # "org/name", or of the hub's first days "gpt2"
 
 
 @dataclass
@@ -82,13 +84,17 @@ class Checkpoint:
     def _read_config(self) -> dict[str, Any]:
         if self.folder is None or not (self.folder / "config.json").is_file():
             return {}
+        file = self.folder / "config.json"
+        remedy = "fetch or save the checkpoint's config.json again (a folder without one can be merged, too)"
         try:
-            loaded = json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
-            raise BadInput(
-                f"config.json is not valid JSON ({error})", where=str(self.folder / "config.json")
-            ) from error
-        return loaded if isinstance(loaded, dict) else {}
+            loaded = json.loads(file.read_bytes())
+        except OSError as error:
+            raise BadInput(f"config.json can not be read: {error.strerror}", where=str(file), remedy=remedy) from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"config.json is not valid JSON ({error})", where=str(file), remedy=remedy) from error
+        if not isinstance(loaded, dict):
+            raise BadInput("config.json is not a JSON object", where=str(file), remedy=remedy)
+        return loaded
 
 
 def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any] | None = None) -> Checkpoint:
@@ -129,17 +135,29 @@ def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any]
     return out
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard by tensor name, as an index says."""
+    remedy = "fetch or save the checkpoint again"
+    try:
+        loaded = json.loads(index.read_bytes())
+    except OSError as error:
+        raise BadInput(f"the index can not be read: {error.strerror}", where=str(index), remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the index is not valid JSON ({error})", where=str(index), remedy=remedy) from error
+    found = loaded.get("weight_map") if isinstance(loaded, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise BadInput(
+            "the index is not valid: it needs a weight_map, an object with the file name of every tensor",
+            where=str(index),
+            remedy=remedy,
+        )
+    return found
+
+
 def _index_files(folder: Path, index: Path) -> list[Path]:
     """Shards that an index names, checked to lie inside the folder and to exist."""
-    try:
-        loaded = json.loads(index.read_text())
-        weight_map = loaded["weight_map"]
-        shards = list(dict.fromkeys(str(v) for v in weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"the index is not valid ({error!r}); it needs a weight_map", where=str(index)) from error
     out = []
-    for shard in shards:
-        path = (folder / shard).resolve()
+    for shard in dict.fromkeys(_weight_map(index).values()):
         # A hub cache folder holds links to blobs outside it: what must stay inside is the name, before links resolve.
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise BadInput(
@@ -147,7 +165,11 @@ def _index_files(folder: Path, index: Path) -> list[Path]:
                 where=str(index),
                 remedy="do not use this checkpoint: an index may only name files beside it",
             )
-        if not path.is_file():
+        try:
+            there = (folder / shard).is_file()
+        except OSError:  # a name that no file can have
+            there = False
+        if not there:
             raise BadInput(
                 f"the index names shard {shard!r}, which is missing", where=str(index), remedy="fetch the missing file"
             )
@@ -155,14 +177,15 @@ def _index_files(folder: Path, index: Path) -> list[Path]:
     return out
 
 
-def _check_index(index: Path, entries: Mapping[str, Entry]) -> None:
-    weight_map = json.loads(index.read_text())["weight_map"]
-    for name, shard in weight_map.items():
-        if name not in entries:
+def _check_index(index: Path, holds: Mapping[str, Path]) -> None:
+    """Every tensor that the index lists must be in the file that it names."""
+    for name, shard in _weight_map(index).items():
+        if holds.get(name) != index.parent / shard:
             raise BadInput(
-                f"the index lists tensor {name!r}, which is not in {shard}",
+                f"the index lists tensor {name!r}, which is not in {shard}"
+                + (f" but in {holds[name].name}" if name in holds else ""),
                 where=str(index),
-                remedy="fetch the checkpoint again",
+                remedy="fetch the checkpoint again (are index and shards of two saves mixed here?)",
             )
 
 
@@ -172,36 +195,60 @@ def _open_files(label: str, folder: Path, files: list[Path]) -> Checkpoint:
         entries, metadata = read_header(file)
         for name, entry in entries.items():
             if name in out.entries:
-                raise BadInput(
-                    f"tensor {name!r} is in two shards, {out.entries[name].file.name} and {file.name}",
-                    where=str(folder),
-                    remedy="remove the stale shard (is a folder of two saves mixed here?)",
-                )
+                raise _twice(name, out.entries[name].file, file)
             out.entries[name] = entry
         out.metadata.update(metadata)
     return out
 
 
+def _load_pickle(file: Path) -> Mapping[str, Any]:
+    """The state dict of one file. Files of torch before 1.6 are no zip archives and can not be mapped: they are read."""
+    try:
+        with file.open("rb") as f:
+            mapped = f.read(4) == b"PK\x03\x04"
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise BadInput(
+            f"the pickle can not be loaded with weights_only ({error})",
+            where=str(file),
+            remedy="convert it to safetensors with the tool that made it",
+        ) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise BadInput(
+            f"the pickle holds a {type(loaded).__name__}, not a state_dict",
+            where=str(file),
+            remedy="save the model's state_dict() with torch.save, or better with safetensors",
+        )
+    return loaded
+
+
 def _open_pickle(label: str, path: Path) -> Checkpoint:
-    files = _index_files(path.parent, path) if path.name.endswith(".index.json") else [path]
+    indexed = path.name.endswith(".index.json")
+    files = _index_files(path.parent, path) if indexed else [path]
     state: dict[str, Any] = {}
+    holds: dict[str, Path] = {}
     for file in files:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise BadInput(
-                f"the pickle can not be loaded with weights_only ({error})",
-                where=str(file),
-                remedy="convert it to safetensors with the tool that made it",
-            ) from error
-        if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-            loaded = loaded["state_dict"]
-        if not isinstance(loaded, Mapping):
-            raise BadInput(f"the pickle holds a {type(loaded).__name__}, not a state_dict", where=str(file))
+        loaded = _load_pickle(file)
+        for name in loaded:
+            if name in holds:
+                raise _twice(name, holds[name], file)
+            holds[name] = file
         state.update(loaded)
+    if indexed:
+        _check_index(path, holds)
     out = from_state_dict(state, label)
     out.folder, out.pickles = path.parent, files
     return out
+
+
+def _twice(name: str, first: Path, second: Path) -> BadInput:
+    return BadInput(
+        f"tensor {name!r} is in two shards, {first.name} and {second.name}",
+        where=str(second.parent),
+        remedy="remove the stale shard (is a folder of two saves mixed here?)",
+    )
 
 
 def _from_hub(reference: str, allow_pickle: bool) -> Path:
@@ -222,14 +269,15 @@ def _from_hub(reference: str, allow_pickle: bool) -> Path:
             )
         )
     except Exception as error:
+        said = " ".join(str(error).split())
         raise BadInput(
-            f"{reference!r} is not a local folder and could not be fetched from the hub ({type(error).__name__}: {error})",
+            f"{reference!r} is not a local folder and could not be fetched from the hub ({type(error).__name__}: {said})",
             remedy="check the spelling, the connection and the access rights, or give a local folder",
         ) from error
 
 
 def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a folder, a single file or a hub id (``org/name[@revision]``); headers only.
+    """Open a folder, a single file or a hub id (``org/name[@revision]``, or ``gpt2``); headers only.
 
     Raises BadInput naming file and remedy for whatever is missing, damaged, outside its folder, ambiguous, or a pickle
     without `allow_pickle`. Cost: one small read per shard.
@@ -237,7 +285,13 @@ def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Che
     label = str(reference)
     path = Path(reference).expanduser()
     if not path.exists():
-        if not _HUB_ID.match(label.partition("@")[0]) or label.startswith((".", "/", "~")):
+        if path.is_symlink():
+            raise BadInput(
+                f"the link {label!r} points to {os.readlink(path)!r}, which does not exist",
+                remedy="mend the link, or give the path of the checkpoint itself",
+            )
+        file = "/" not in label and label.endswith(WEIGHT_SUFFIXES)
+        if file or not _HUB_ID.fullmatch(label.partition("@")[0]):
             raise BadInput(
                 f"there is no folder or file {label!r}",
                 remedy="check the path (relative paths start from the current folder)",
@@ -256,7 +310,7 @@ def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Che
     for name in INDEX_FILES:
         if (path / name).is_file():
             out = _open_files(label, path, _index_files(path, path / name))
-            _check_index(path / name, out.entries)
+            _check_index(path / name, {name: entry.file for name, entry in out.entries.items()})
             return out
     for name in SINGLE_FILES:
         if (path / name).is_file():

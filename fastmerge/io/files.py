@@ -10,8 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import _native
-from ..errors import BadInput
-from .safetensors import Entry, bytes_of, pread_into
+from .safetensors import Entry, became_shorter, bytes_of, pread_into
 
 AHEAD = 8 << 20  # bytes the kernel is told to read ahead of a chunk
 
@@ -77,7 +76,7 @@ class Files:
         if index < 0:
             return
         if code < 0:
-            raise BadInput("the file became shorter while it was read", where=str(paths[index]))
+            raise became_shorter(paths[index])
         raise OSError(code, os.strerror(code), str(paths[index]))
 
     def _count(self, nbytes: int) -> None:

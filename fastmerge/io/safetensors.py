@@ -61,6 +61,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def _unreadable(file: Path, error: OSError) -> BadInput:
+    if file.is_symlink() and not file.exists():
+        why, remedy = f"it is a link to {os.readlink(file)!r}, which does not exist", "mend the link or fetch the file"
+    elif file.is_dir():
+        why, remedy = "it is a folder", "give a file, or a folder that has the tensors in model.safetensors"
+    else:
+        why, remedy = str(error.strerror), "check the file's permissions and the disk"
+    return BadInput(f"{file.name} can not be read: {why}", where=str(file), remedy=remedy)
+
+
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries by name in file order, and the file's ``__metadata__``.
 
@@ -80,10 +90,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise _bad(file, f"the header claims {length} bytes, but the file ends after {size}")
             raw = f.read(length)
     except OSError as error:
-        raise BadInput(f"can not be read: {error.strerror}", where=str(file)) from error
+        raise _unreadable(file, error) from error
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(file, f"the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _bad(file, "the header is not a JSON object")
@@ -103,7 +113,7 @@ def _entry(file: Path, name: str, value: Any, origin: int, data: int) -> Entry:
         code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _bad(file, f"tensor {name!r}: the header entry lacks dtype, shape or data_offsets") from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise _bad(file, f"tensor {name!r} has unknown dtype {code!r}", f"known dtypes: {', '.join(DTYPES)}")
     if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in (*shape, begin, end)):
         raise _bad(file, f"tensor {name!r}: shape {list(shape)} and offsets {[begin, end]} must be whole numbers >= 0")
@@ -155,6 +165,15 @@ def build_header(
     return raw, {name: (len(raw) + begin, nbytes) for name, (begin, nbytes) in offsets.items()}
 
 
+def became_shorter(file: Path) -> BadInput:
+    """For a file that ends before what its header, read earlier, promised."""
+    return BadInput(
+        "the file became shorter while it was read",
+        where=str(file),
+        remedy="wait until nothing writes to it, then start again",
+    )
+
+
 def bytes_of(flat: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of any dtype, as bytes, without a copy."""
     array: Any = flat.reshape(-1).view(torch.uint8).numpy()
@@ -167,5 +186,5 @@ def pread_into(fd: int, buffer: memoryview, position: int, file: Path) -> None:
     while done < len(buffer):
         n = os.preadv(fd, [buffer[done:]], position + done)
         if n == 0:
-            raise BadInput("the file became shorter while it was read", where=str(file))
+            raise became_shorter(file)
         done += n

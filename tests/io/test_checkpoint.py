@@ -6,6 +6,7 @@ import struct
 import pytest
 import torch
 from checkpoints import near, save, tiny_state
+from checks import assert_same_bits
 from safetensors.torch import load_file, save_file
 
 from fastmerge.errors import BadInput
@@ -72,6 +73,7 @@ def _tensor(shape, begin, end, dtype="F32"):
         ({"a": _tensor([-1], 0, 4)}, bytes(4), None, "'a'.*whole numbers"),
         ({"a": _tensor([1], 8, 4)}, bytes(8), None, "'a' reaches"),
         ({"a": _tensor([1], 0, 4, "F33")}, bytes(4), None, "'a' has unknown dtype 'F33'"),
+        ({"a": _tensor([1], 0, 4, [])}, bytes(4), None, r"'a' has unknown dtype \[\]"),
         ({"a": {"shape": [1]}}, bytes(4), None, "'a'.*lacks"),
         (
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
@@ -109,12 +111,30 @@ def _indexed(tmp_path, weight_map):
         ({"a": "/etc/passwd"}, "outside the checkpoint's folder"),
         ({"a": "one.safetensors", "b": "one.safetensors"}, "lists tensor 'b', which is not in"),
         (["one.safetensors"], "needs a weight_map"),
+        ({"a": 1}, "needs a weight_map"),
+        ({"a": "\0"}, "which is missing"),
+        ({"a": "x" * 300}, "which is missing"),
     ],
 )
 def test_bad_indexes_are_named(tmp_path, weight_map, match):
     with pytest.raises(BadInput, match=match) as caught:
         open_checkpoint(_indexed(tmp_path, weight_map))
     assert "index.json" in str(caught.value)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_an_index_that_names_the_wrong_shards(tmp_path, kind):
+    names = ["one.safetensors", "two.safetensors"] if kind == "safetensors" else ["one.bin", "two.bin"]
+    write, index = (save_file, "model.safetensors") if kind == "safetensors" else (torch.save, "pytorch_model.bin")
+    for tensor, name in zip("ab", names, strict=True):
+        write({tensor: torch.ones(2)}, tmp_path / name)
+    index = tmp_path / f"{index}.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    assert open_checkpoint(tmp_path, allow_pickle=True).names() == ["a", "b"]
+    index.write_text(json.dumps({"weight_map": dict(zip("ba", names, strict=True))}))
+    with pytest.raises(BadInput, match=f"'b', which is not in {names[0]} but in {names[1]}"):
+        open_checkpoint(tmp_path, allow_pickle=True)
 
 
 def test_tensor_in_two_shards(tmp_path):
@@ -146,6 +166,33 @@ def test_pickles_need_permission_and_load_weights_only(tmp_path):
     assert set(checkpoint.names()) == set(state) - {"lm_head.weight"}
     torch.save({"f": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(BadInput, match="weights_only"):
+        open_checkpoint(tmp_path, allow_pickle=True)
+
+
+def test_pickles_of_old_torch_are_read_and_still_weights_only(tmp_path):
+    state = near(tiny_state(), 1)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(tmp_path, allow_pickle=True)
+    assert checkpoint.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    for name in checkpoint.names():
+        assert_same_bits(checkpoint.resident[name], state[name])
+    torch.save({"f": print}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(BadInput, match="weights_only"):
+        open_checkpoint(tmp_path, allow_pickle=True)
+
+
+def test_pickles_that_hold_something_else_or_a_tensor_twice(tmp_path):
+    torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="holds a list, not a state_dict") as caught:
+        open_checkpoint(tmp_path, allow_pickle=True)
+    assert "state_dict()" in caught.value.remedy
+    (tmp_path / "pytorch_model.bin").unlink()
+    torch.save({"a": torch.ones(2)}, tmp_path / "one.bin")
+    torch.save({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.bin")
+    weight_map = {"a": "one.bin", "b": "two.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(BadInput, match=r"'a' is in two shards, one\.bin and two\.bin"):
         open_checkpoint(tmp_path, allow_pickle=True)
 
 
