@@ -7,6 +7,7 @@ fit, scan and apply (see :mod:`fastmerge.methods._method`) chunk by chunk, into 
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from .io.files import Files
 from .io.journal import fingerprint
 from .io.pipeline import Pool, opened
 from .io.probe import io_seconds
-from .io.writer import Layout, Writer, check_target, plan_layout, side_files, work_folder
+from .io.writer import Layout, Writer, broken_side_links, check_target, plan_layout, side_files, work_folder
 from .job import Job
 from .methods import Method
 from .preflight import Planned, raise_all
@@ -51,8 +52,27 @@ def _open(recipe: Recipe, method: Method, allow_pickle: bool) -> tuple[Checkpoin
                 problems.append(error)
     raise_all(problems, "the models")
     template = checkpoints[str(recipe.template)]
+    _check_small_files(template)
     takes_base = recipe.base_model is not None and method.base != "ignored"
     return template, template if takes_base else None, [checkpoints[str(ref)] for ref in recipe.inputs]
+
+
+def _check_small_files(template: Checkpoint) -> None:
+    """Refuse now, not after the merge, a configuration or tokenizer that can not be read."""
+    template.config()
+    for path in side_files(template.folder).values():
+        if not os.access(path, os.R_OK):
+            raise BadInput(f"{path.name} can not be read", where=str(path), remedy="change the file's permissions")
+
+
+def _notes(recipe: Recipe, template: Checkpoint, out: Path | None, *, resume: bool) -> list[str]:
+    """What the user may have meant otherwise."""
+    notes = list(recipe.notes)
+    for name in broken_side_links(template.folder):
+        notes.append(f"{name} of {template.label} is a link to a file that does not exist: the output goes without it")
+    if resume and out is not None and not work_folder(out).exists():
+        notes.append(f"there was nothing to resume for {out}: the merge started from the beginning")
+    return notes
 
 
 def _layout(job: Job, max_shard_bytes: int | None) -> Layout:
@@ -121,6 +141,11 @@ def run(
         tensor in float32 and its transform for whole-tensor methods.
     """
     parse_device(device)
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise BadInput(
+            f"--shard-size {max_shard_bytes}: a file holds at least one byte",
+            remedy="give a size such as 5GB, or leave it out to split as the base is split",
+        )
     clock = Clock()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     method: Method = recipe.method
@@ -164,7 +189,8 @@ def run(
         report = Report(
             method.name, [m.label for m in models], str(recipe.base_model) if recipe.base_model else None,
             str(out) if out is not None else None,
-            device=choice.name, where=choice.where(method), workers=workers, chunk_elements=job.chunk, notes=list(recipe.notes),
+            device=choice.name, where=choice.where(method), workers=workers, chunk_elements=job.chunk,
+            notes=_notes(recipe, template, out, resume=resume),
         )  # fmt: skip
         report.estimate = _estimate(job, layout) | _device_estimate(choice, budgets)
         report.files = files_beside

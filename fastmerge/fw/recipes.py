@@ -68,6 +68,7 @@ def run_recipe(
     check_records(**data)
     with _threads(threads):
         template = open_checkpoint(base, allow_pickle=allow_pickle)
+        template.config()  # it is written at the end: one that can not be read is refused now
         candidates = [open_candidate(c, k, allow_pickle=allow_pickle) for k, c in enumerate(labels)]
         if not ignore_extra:
             _check_extra(template, candidates)

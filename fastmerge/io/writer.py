@@ -280,9 +280,16 @@ def side_files(folder: Path | None) -> dict[str, Path]:
     """The small files a model needs besides its tensors: configuration and tokenizer."""
     if folder is None:
         return {}
-    found = {}
-    for pattern in SIDE_FILES:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and not path.name.endswith(".index.json"):
-                found[path.name] = path
-    return found
+    return {path.name: path for path in _side_paths(folder) if path.is_file()}
+
+
+def broken_side_links(folder: Path | None) -> list[str]:
+    """Names of the small files that are links to nothing, and are therefore not among the side files."""
+    if folder is None:
+        return []
+    return sorted({path.name for path in _side_paths(folder) if path.is_symlink() and not path.exists()})
+
+
+def _side_paths(folder: Path) -> list[Path]:
+    found = [path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern))]
+    return [p for p in found if p.suffix not in (".safetensors", ".bin") and not p.name.endswith(".index.json")]

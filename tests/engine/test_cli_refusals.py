@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,69 @@ def test_nan_is_found_named_and_can_be_resumed_with_a_warning(models):
     assert said.exit_code == 0, said.stderr
     assert "warning: 1 NaN or Inf" in said.stdout
     assert load_folder(models / "out")["model.layers.1.mlp.up_proj.weight"].isnan().sum() == 1
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", NESTED, b"\xff\xfe\x00"])
+def test_a_bad_configuration_is_found_before_anything_is_written(models, text):
+    text = text if isinstance(text, bytes) else text.encode()
+    (models / "base" / "config.json").write_bytes(text)
+    recipe, said = (
+        write(models),
+        ("config.json is not", str(models / "base" / "config.json"), "what to do: fetch or save"),
+    )
+    refused(call("check", recipe), *said)
+    refused(call("merge", recipe, models / "out", "--dry-run"), *said)
+    refused(call("merge", recipe, models / "out"), *said)
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yml"]
+
+
+def test_side_files_that_can_not_be_read_are_found_before_anything_is_written(models, monkeypatch):
+    may = os.access  # root may read everything
+    monkeypatch.setattr("fastmerge.engine.os.access", lambda p, mode: Path(p).name != "tokenizer.json" and may(p, mode))
+    refused(call("merge", write(models), models / "out"), str(models / "base" / "tokenizer.json"), "permissions")
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yml"]
+
+
+def test_headers_and_indexes_nested_too_deeply(models):
+    (models / "b" / "model.safetensors.index.json").write_text(NESTED)
+    refused(call("check", write(models)), "index is not valid JSON", str(models / "b"), "what to do:")
+    (models / "a" / "model.safetensors").write_bytes(len(NESTED).to_bytes(8, "little") + NESTED.encode())
+    refused(call("check", write(models)), "header is not valid JSON", str(models / "a"), "what to do:")
+
+
+def test_a_shard_of_no_bytes(models):
+    for size in ("0", "0GB"):
+        refused(call("merge", write(models), models / "out", "--shard-size", size), "--shard-size 0", "what to do:")
+    assert not (models / "out").exists()
+
+
+def test_a_resume_of_nothing_and_a_dangling_link_are_noted(models):
+    (models / "base" / "tokenizer_config.json").symlink_to(models / "gone.json")
+    recipe = write(models)
+    note = f"tokenizer_config.json of {models / 'base'} is a link to a file that does not exist"
+    assert note in " ".join(json.loads(call("check", recipe, "--json").stdout)["notes"])
+    said = call("merge", recipe, models / "out", "--resume", "--json")
+    assert said.exit_code == 0, said.stderr
+    notes = " ".join(json.loads(said.stdout)["notes"])
+    assert note in notes
+    assert "nothing to resume" in notes
+    assert not (models / "out" / "tokenizer_config.json").exists()
+
+
+def test_a_link_to_nothing_and_a_folder_in_place_of_a_file(models):
+    (models / "link").symlink_to(models / "gone")
+    refused(
+        call("check", write(models, base_model=str(models / "link"))), f"points to '{models / 'gone'}'", "what to do:"
+    )
+    (models / "a" / "model.safetensors").unlink()
+    (models / "a" / "model.safetensors").symlink_to(models / "gone")
+    refused(call("check", write(models)), "it is a link to", str(models / "a" / "model.safetensors"), "what to do:")
+    (models / "a" / "model.safetensors").unlink()
+    (models / "a" / "model.safetensors").mkdir()
+    refused(call("check", write(models)), "it is a folder", str(models / "a" / "model.safetensors"), "what to do:")
 
 
 def test_pickles_need_permission(models):
