@@ -115,7 +115,7 @@ def summary(report: Report) -> None:
         "method": report.method,
         "tensors": len(report.tensors),
         "device": report.device,
-        "wall": f"{report.wall_s:.2f} s ({moved / 1e9 / max(report.wall_s, 1e-9):.2f} GB/s read and written)",
+        "wall": f"{report.wall_s:.2f} s ({gigabytes(moved / max(report.wall_s, 1e-9))}/s read and written)",
         "cpu": f"{report.cpu_s:.2f} s",
         "peak memory": gigabytes(report.peak_rss),
         "read, written": f"{gigabytes(report.bytes_read)}, {gigabytes(report.bytes_written)}",

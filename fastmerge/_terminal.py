@@ -113,7 +113,13 @@ def rss() -> int:
 
 
 def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    """``1.23 GB``, in MB below 0.01 GB and in kB below 0.01 MB."""
+    unit, size = _unit(count)
+    return f"{count / size:.2f} {unit}"
+
+
+def _unit(count: float) -> tuple[str, float]:
+    return ("GB", 1e9) if count >= 1e7 else ("MB", 1e6) if count >= 1e4 else ("kB", 1e3)
 
 
 class Progress:
@@ -162,13 +168,14 @@ class Progress:
                 self.tasks[phase] = self.bar.add_task(phase, total=total, rate="", rss="")
         spent = now - self.started[phase]
         rate = (done - self.first[phase]) / spent if spent > 0 else 0.0
-        speed = f"{rate / 1e9:.2f} GB/s" if rate else ""
+        speed = f"{gigabytes(rate)}/s" if rate else ""
         if self.bar is not None:
             self.bar.update(self.tasks[phase], completed=done, total=total, rate=speed, rss=gigabytes(rss()))
         elif now - self.last >= 1.0 and rate:
             self.last = now
             left = int((total - done) / rate)
+            unit, size = _unit(total)
             say(
-                f"{phase} {done / 1e9:.2f}/{total / 1e9:.2f} GB · {speed} · "
+                f"{phase} {done / size:.2f}/{total / size:.2f} {unit} · {speed} · "
                 f"ETA {left // 60}:{left % 60:02d} · RSS {gigabytes(rss())}"
             )

@@ -284,6 +284,16 @@ def test_progress_without_a_terminal_is_a_line_a_second(capsys, monkeypatch):
     assert lines[1].startswith("merge 4.00/10.00 GB · 1.00 GB/s · ETA 0:06 · RSS ")
 
 
+def test_progress_of_small_merges_is_in_smaller_units(capsys, monkeypatch):
+    for total, shown in ((4 * 10**6, "2.00/4.00 MB · 1.00 MB/s"), (4000, "2.00/4.00 kB · 1.00 kB/s")):
+        clock = iter([0.0, 2.0])
+        monkeypatch.setattr("fastmerge._terminal.time.monotonic", lambda clock=clock: next(clock))
+        with Progress() as progress:
+            progress(0, total, "merge")
+            progress(total // 2, total, "merge")
+        assert shown in capsys.readouterr().err
+
+
 def test_progress_of_a_resumed_job_counts_from_where_it_starts(capsys, monkeypatch):
     clock = iter([0.0, 2.0])
     monkeypatch.setattr("fastmerge._terminal.time.monotonic", lambda: next(clock))
