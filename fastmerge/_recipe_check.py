@@ -146,9 +146,13 @@ class _Compiler:
         if not low <= len(sources) <= (high or len(sources)):
             wanted = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             beside = "" if self.method.base == "ignored" else " besides the base"
+            counted = f"{wanted} model{'' if wanted.endswith(' 1') else 's'}{beside}"
+            few = len(sources) < low
             self.report(
-                f"{self.method.name} takes {wanted} model{'' if wanted.endswith(' 1') else 's'}{beside}, not {len(sources)}",
+                f"{self.method.name} takes {counted}, not {len(sources)}",
                 (*path, key),
+                f"{'add models under' if few else 'take models out of'} {key}:, or use another method "
+                "(`fastmerge methods` lists how many each takes)",
             )
         if base is not None and base_source is None and self.method.base != "ignored":
             spans = {s.layers for s in sources}
@@ -161,7 +165,11 @@ class _Compiler:
                 )
         ranges = {s.layers[1] - s.layers[0] for s in [*sources, *([base_source] if base_source else [])] if s.layers}
         if len(ranges) > 1:
-            self.report(f"the sources of a slice give different numbers of layers: {sorted(ranges)}", (*path, key))
+            self.report(
+                f"the sources of a slice give different numbers of layers: {sorted(ranges)}",
+                (*path, key),
+                "give every source of the slice a layer_range: of the same length",
+            )
         return Piece(path, base_source, sources, settings)
 
     def required(self, pieces: list[Piece], levels: list[dict[str, Setting]]) -> None:
@@ -238,7 +246,7 @@ class _Compiler:
                 path = ("modules", name)
                 levels.insert(0, self.settings(body.parameters, (*path, "parameters"), of_model=False))
                 if (body.models is None) == (body.slices is None):
-                    self.report("a module has either models or slices", path)
+                    self.report("a module has either models or slices", path, "give exactly one of models: or slices:")
         pieces = []
         if given and body.models is not None:
             pieces.append(self.piece(body.models, path, "models", self.base, {}))

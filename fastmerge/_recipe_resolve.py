@@ -142,6 +142,7 @@ def _resolve_slices(
                 raise BadInput(
                     f"layer_range {list(source.layers)} leaves model {source.ref}, which has {known.stacks.get(stack, 0)} layers",
                     where=compiled.marks.where((*source.path, "layer_range")),
+                    remedy=f"end the range at {known.stacks.get(stack, 0)} or before (it is [first, end), counted from 0)",
                 )
         lead = piece.base or piece.sources[0]
         by_layer = _rests(layouts.get(lead.ref, layout), stack)

@@ -114,8 +114,36 @@ def _scalar(parameter: Parameter, raw: Any, path: Path, report: Report) -> Any:
             )
         return parameter.check(_as_type(parameter.type, raw))
     except (ValueError, OverflowError) as error:
-        report(str(error), path)
+        report(str(error), path, _advice(parameter))
         return MISSING
+
+
+def _advice(parameter: Parameter) -> str:
+    """What to write for a parameter, when what was written is not that."""
+    if parameter.type is bool:
+        what = "write true or false"
+    elif parameter.type is str:
+        what = f"write one of {', '.join(parameter.choices)}" if parameter.choices else "write text, in quotes"
+    else:
+        what = "write a whole number" if parameter.type is int else "write a number"
+        low, high = parameter.minimum, parameter.maximum
+        if math.isfinite(low) and math.isfinite(high):
+            what += f" from {low:g} to {high:g}"
+        elif math.isfinite(low) or math.isfinite(high):
+            what += f" >= {low:g}" if math.isfinite(low) else f" <= {high:g}"
+        else:
+            what += " that is finite"
+    default = parameter.default
+    if isinstance(default, (bool, int, float, str)):
+        shown = (
+            str(default).lower()
+            if isinstance(default, bool)
+            else f"{default:g}"
+            if parameter.type is float
+            else default
+        )
+        what += f", or leave {parameter.name} out for {shown}"
+    return f"{what} ({parameter.name}: {parameter.help})" if parameter.help else what
 
 
 def _as_type(kind: type, raw: Any) -> Any:

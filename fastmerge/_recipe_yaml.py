@@ -70,7 +70,11 @@ def load(text: str, source: str) -> tuple[Any, Marks]:
     except yaml.YAMLError as error:
         raise BadInput(f"not valid YAML: {error}", where=source, remedy="save the file as UTF-8 text") from None
     except RecursionError:
-        raise BadInput("a YAML alias contains itself, or the file is nested too deeply", where=source) from None
+        raise BadInput(
+            "a YAML alias contains itself, or the file is nested too deeply",
+            where=source,
+            remedy="write the values out instead of using aliases",
+        ) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -80,7 +84,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, marks: Marks) -
     marks.lines.setdefault(path, node.start_mark.line + 1)
     if len(marks.lines) > _MOST_VALUES:
         raise BadInput(
-            "the recipe expands to more values than any recipe needs (aliases inside aliases?)", where=marks.source
+            "the recipe expands to more values than any recipe needs (aliases inside aliases?)",
+            where=marks.source,
+            remedy="write the values out instead of using aliases",
         )
     if node.tag not in _TAGS:
         raise BadInput(
@@ -98,7 +104,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, marks: Marks) -
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             here = f"{marks.source}:{key_node.start_mark.line + 1}"
             if key is None:
-                raise BadInput("a key must be a plain word", where=here)
+                raise BadInput(
+                    "a key must be a plain word", where=here, remedy="write key: value, one word before the colon"
+                )
             if key in out and own.count(key) > 1:
                 raise BadInput(
                     f"key {key!r} is written twice in the same place", where=here, remedy="remove one of them"

@@ -46,11 +46,16 @@ class Job:
         max_memory: int | None = None,
         ignore_extra: bool = False,
         cosines: bool = False,
+        go_on: str = '--resume --nan warn (from Python: fm.run(…, resume=True, nan="warn"))',
     ) -> None:
+        """`go_on` is how the caller's user goes on after NaN or Inf was found."""
         if nan not in NAN_POLICIES:
-            raise BadInput(f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}")
+            raise BadInput(
+                f"nan must be one of {', '.join(NAN_POLICIES)}, not {nan!r}",
+                remedy="error stops at NaN or Inf, warn counts them, allow does not look for them",
+            )
         self.recipe, self.method, self.template, self.models = recipe, method, template, list(models)
-        self.pool, self.files, self.nan = pool, files, nan
+        self.pool, self.files, self.nan, self._go_on = pool, files, nan, go_on
         self.nonfinite: dict[str, int] = {}
         self._lock = threading.Lock()
         self.cosines = Cosines([str(ref) for ref in recipe.inputs])
@@ -154,7 +159,7 @@ class Job:
             raise BadInput(
                 f"tensor {name!r} has NaN or Inf (first at flat index {first})",
                 where=label,
-                remedy="repair the model, or go on with --resume --nan warn (NaN then follows IEEE arithmetic)",
+                remedy=f"repair the model, or go on with {self._go_on}; NaN then follows IEEE arithmetic",
             )
 
     def bytes_of(self, t: Planned) -> int:

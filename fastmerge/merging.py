@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -29,6 +30,19 @@ Model = str | Path | Mapping[str, Tensor] | nn.Module
 
 def _is_path(model: Model) -> bool:
     return isinstance(model, (str, Path))
+
+
+def _listed(models: Any) -> list[Model]:
+    """`models` as a list; raises BadInput for one model, which iterating would take apart."""
+    one = isinstance(models, (str, os.PathLike, Mapping, Tensor)) or (
+        isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    )
+    if one or not isinstance(models, Iterable):
+        raise BadInput(
+            f"models is a {type(models).__name__}, not a list",
+            remedy="pass a list of models, each a state_dict, an nn.Module or the path of a checkpoint: [a, b]",
+        )
+    return list(models)
 
 
 def _checkpoint(model: Model, label: str, allow_pickle: bool) -> Checkpoint:
@@ -97,6 +111,7 @@ def merge(
     Raises: BadInput, naming tensor and model.
     Cost: in memory, the output plus the method's workspace; every input is read once per pass.
     """
+    models = _listed(models)
     everything = [*([] if base is None else [base]), *models]
     if not models:
         raise BadInput("models is empty", remedy="give at least one model")
@@ -164,7 +179,9 @@ def merge_checkpoints(
         )
     base = template if recipe.base_model is not None and method.base != "ignored" else None
     with opened(1, in_memory=True) as (pool, files), torch.no_grad(), batched() as batch:
-        job = Job(recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra)
+        job = Job(
+            recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra, go_on='nan="warn"'
+        )  # fmt: skip
         fleet = _fleet(job, device, max_vram)
         plan = job.fit()
         state: dict[str, Tensor] = {}

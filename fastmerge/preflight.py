@@ -86,7 +86,7 @@ def check_names(base: Checkpoint, models: Sequence[Checkpoint], *, sliced: bool,
                 BadInput(
                     f"{len(extra)} tensors are not in {base.label}: {', '.join(extra[:3])}{more}",
                     where=model.label,
-                    remedy="--ignore-extra leaves them out (right for a tied lm_head that was written twice)",
+                    remedy="--ignore-extra (ignore_extra=True) leaves them out (right for a tied lm_head that was written twice)",
                 )
             )
     return problems
@@ -112,7 +112,7 @@ def plan_tensors(
         taking_part = [models[i] for i in plan.models]
         wanted = [(base, plan.base_source)] if base is not None and plan.base_source is not None else []
         wanted += list(zip(taking_part, plan.sources, strict=True))
-        lacking = [BadInput(f"tensor {name!r} is missing", where=m.label) for m, name in wanted if name not in m]
+        lacking = [_lacks(m, name) for m, name in wanted if name not in m]
         if lacking:
             problems += lacking
             continue
@@ -140,6 +140,14 @@ def plan_tensors(
         planned.start = start
         start += planned.numel
     return out, problems
+
+
+def _lacks(model: Checkpoint, name: str) -> BadInput:
+    return BadInput(
+        f"tensor {name!r} is missing",
+        where=model.label,
+        remedy="merge models of one architecture, saved the same way; in slices, layers that have the same tensors",
+    )
 
 
 def _mismatch(source: Source, reference: Source) -> BadInput | None:

@@ -336,9 +336,17 @@ def _problem(error: Any, marks: Marks) -> BadInput:
     if error["type"] == "missing":
         # a tuple's missing element is a wrong length, anything else a missing key
         if isinstance(name, int):
-            return BadInput(f"{path[-2]} must be {_KINDS['tuple_type']}", where=marks.where(path[:-1]))
+            return BadInput(
+                f"{path[-2]} must be {_KINDS['tuple_type']}", where=marks.where(path[:-1]), remedy=_write(path[-2])
+            )
         return BadInput(f"{name} is missing", where=marks.where(path[:-1]), remedy=f"add {name}:")
     wanted = _KINDS.get(error["type"])
     what = _recipe_yaml.dotted(path[-1:]) or "the recipe"
     said = f"must be {wanted}, not {error['input']!r}" if wanted else f"can not be used: {error['msg']}"
-    return BadInput(f"{what} {said}", where=marks.where(path))
+    return BadInput(f"{what} {said}", where=marks.where(path), remedy=_write(name, wanted))
+
+
+def _write(key: str | int, wanted: str | None = None) -> str:
+    if key == "layer_range":
+        return "write layer_range: [first, end), for example [0, 16] for the first 16 layers"
+    return f"write {wanted} there" if wanted else "compare it with the recipes in README.md"

@@ -325,7 +325,7 @@ def test_hub_ids_are_fetched_and_failures_named(tmp_path, family, monkeypatch):
 
     def snapshot_download(repo, revision=None, allow_patterns=None):
         asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        if repo != "org/name":
+        if repo not in ("org/name", "gpt2"):
             raise OSError("404")
         return str(family[1])
 
@@ -335,8 +335,14 @@ def test_hub_ids_are_fetched_and_failures_named(tmp_path, family, monkeypatch):
     assert asked["repo"] == "org/name"
     assert "*.safetensors" in asked["patterns"]
     assert_same_bits(state["model.norm.weight"], load(family[1])["model.norm.weight"])
-    with pytest.raises(BadInput, match="could not be fetched"):
-        merge("passthrough", None, ["org/gone"])
+    merge("passthrough", None, ["gpt2@main"])  # the hub's first models have no owner
+    assert (asked["repo"], asked["revision"]) == ("gpt2", "main")
+    for gone in ("org/gone", "gone"):
+        with pytest.raises(BadInput, match=f"'{gone}' is not a local folder and could not be fetched"):
+            merge("passthrough", None, [gone])
+    for file in ("model.safetensors", "./gone", "a/b/c", "-x"):
+        with pytest.raises(BadInput, match="no folder or file"):
+            merge("passthrough", None, [file])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(BadInput, match="hub ids need huggingface_hub"):
         merge("passthrough", None, ["org/name"])
@@ -401,6 +407,11 @@ def test_bad_calls_are_named():
         merge("linear", None, [state], wieght=1.0)
     with pytest.raises(BadInput, match="2 values for 1 models"):
         merge("linear", None, [state], weight=[1.0, 2.0])
+    for one, kind in (("base", "str"), (state, "dict"), (torch.nn.Linear(2, 2), "Linear"), (3, "int")):
+        with pytest.raises(BadInput, match=f"models is a {kind}, not a list"):
+            merge("linear", None, one, weight=1.0)
+    with pytest.raises(BadInput, match=r'go on with nan="warn"'):
+        merge("linear", None, [{"x": torch.tensor(float("nan"))}], weight=1.0)
     with pytest.raises(BadInput, match="models is empty"):
         merge("linear", None, [], weight=1.0)
     with pytest.raises(BadInput, match="in memory"):

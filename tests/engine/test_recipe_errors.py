@@ -157,7 +157,29 @@ def test_bad_recipes_are_refused_with_their_line(case):
         parse(text)
     assert message in str(caught.value)
     assert where in str(caught.value)
+    assert "what to do: " in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "remedy"),
+    [
+        ("density above 1", "write a number from 0 to 1, or leave density out for 1"),
+        ("infinite weight", "write a number that is finite"),
+        ("half a step", "write a whole number that is finite, or leave steps out for 3"),
+        ("an unknown choice", "write one of tensor, model, or leave scope out for tensor"),
+        ("not a boolean", "write true or false, or leave normalize out for true"),
+        ("only the base", "add models under models:"),
+        ("too many models", "take models out of models:"),
+        ("a layer range of one number", "write layer_range: [first, end), for example [0, 16]"),
+        ("slices of different lengths", "give every source of the slice a layer_range: of the same length"),
+        ("a revision that YAML reads as a number", "write text (put quotes around it) there"),
+    ],
+)
+def test_remedies_say_what_to_write(case, remedy):
+    with pytest.raises(BadInput) as caught:
+        parse(BAD[case][0])
+    assert caught.value.remedy.startswith(remedy)
 
 
 def test_all_problems_are_reported_at_once():
@@ -190,6 +212,7 @@ def test_layers_that_a_model_does_not_have():
     with pytest.raises(BadInput, match=r"layer_range \[0, 6\] leaves model a, which has 5 layers") as caught:
         parse(text).resolve(LLAMA)
     assert caught.value.where == "r.yml:4 (slices[0].sources[0].layer_range)"
+    assert caught.value.remedy.startswith("end the range at 5 or before")
 
 
 @pytest.mark.parametrize("names", [["w"], ["encoder.block.0.w", "decoder.block.0.w"]])
