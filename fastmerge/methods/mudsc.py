@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ._method import Context, Header, Models, PerModel, TensorStream, Weight, method
+from ._weights import SMALLEST
 
 if TYPE_CHECKING:
     from ..structure import Alignment, PermutationSpec
@@ -71,8 +72,20 @@ def _check(tensors: Sequence[Header]) -> None:
                 f"tensor {t.name!r} merges {len(t.models)} models, others {len(tensors[0].models)}",
                 remedy="name the same models for every tensor: a permutation spans the whole model",
             )
+        _check_weights(t)
     if tensors:
         _spec(tensors[0], {t.name: torch.empty(t.shape, device="meta") for t in tensors})
+
+
+def _check_weights(tensor: Header) -> None:
+    """The average grows model by model, so that the weights so far must not cancel."""
+    weights = tensor.parameters["weight"]
+    for m in range(2, len(weights) + 1):
+        cancel = abs(sum(weights[:m])) < SMALLEST
+        if cancel and (m == len(weights) or any(weights[:m])):
+            raise BadInput(
+                f"the weights {list(weights[:m])} sum to 0", where=tensor.name, remedy="give weights above 0"
+            )
 
 
 @mudsc.memory

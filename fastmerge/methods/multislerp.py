@@ -9,6 +9,7 @@ from .. import ops
 from ..errors import BadInput
 from ._gram import multislerp_coefficients, stream_gram
 from ._method import Context, Header, Models, PerModel, Range, TensorStream, Weight, method
+from ._weights import check_sums
 
 
 @method(base="optional", models=(2, None), grain="element")
@@ -28,13 +29,7 @@ def multislerp(
 
 @multislerp.check
 def _(tensors: Sequence[Header]) -> None:
-    for tensor in tensors:
-        if tensor.parameters["normalize_weights"] and sum(tensor.parameters["weight"]) == 0:
-            raise BadInput(
-                f"the weights {list(tensor.parameters['weight'])} sum to 0",
-                where=tensor.name,
-                remedy="change them, or set normalize_weights: false",
-            )
+    check_sums(tensors, "normalize_weights")
 
 
 @multislerp.scan
