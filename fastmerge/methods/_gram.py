@@ -2,6 +2,7 @@
 
 Every result of slerp, nuslerp, multislerp, karcher and model_stock is a linear combination of its inputs whose
 coefficients depend on their inner products only, so two reads of the inputs suffice whatever the iteration does.
+Where an inner product is NaN or Inf (files that hold such values, with ``nan="warn"``) the coefficients are NaN.
 """
 
 from __future__ import annotations
@@ -57,8 +58,18 @@ def norm(g: Sequence[Sequence[float]], a: Sequence[float]) -> float:
     return math.sqrt(max(0.0, inner(g, a, a)))
 
 
+def _defined(g: Sequence[Sequence[float]]) -> bool:
+    """Whether all inner products are finite: with a NaN or an Inf among the inputs no angle is, nor any coefficient.
+
+    Python's min, max and comparisons would make numbers of a NaN instead.
+    """
+    return all(math.isfinite(x) for row in g for x in row)
+
+
 def slerp_coefficients(g: Sequence[Sequence[float]], t: float) -> list[float]:
     """mergekit's slerp between vectors 0 and 1: linear where |cos| > 0.9995; a norm <= 1e-8 counts as 1."""
+    if not _defined(g):
+        return [math.nan, math.nan]
     lengths = [math.sqrt(g[i][i]) if math.sqrt(g[i][i]) > 1e-8 else 1.0 for i in (0, 1)]
     cos = g[0][1] / (lengths[0] * lengths[1])
     if abs(cos) > 0.9995:
@@ -69,6 +80,8 @@ def slerp_coefficients(g: Sequence[Sequence[float]], t: float) -> list[float]:
 
 def nuslerp_coefficients(g: Sequence[Sequence[float]], t: float) -> list[float]:
     """Spherical interpolation without a cut-off: linear only where 1 − cos² <= 1e-16 or a vector vanishes."""
+    if not _defined(g):
+        return [math.nan, math.nan]
     lengths = math.sqrt(g[0][0]) * math.sqrt(g[1][1])
     cos = max(-1.0, min(1.0, g[0][1] / lengths)) if lengths > 0 else 1.0
     if 1 - cos * cos <= 1e-16:
@@ -82,6 +95,8 @@ def multislerp_coefficients(g: Sequence[Sequence[float]], weight: Sequence[float
 
     Raises ZeroDivisionError where the mean direction vanishes and there are more than two inputs.
     """
+    if not _defined(g):
+        return [math.nan] * len(g)
     lengths = [math.sqrt(g[i][i]) + eps for i in range(len(g))]
     mean = [w / n for w, n in zip(weight, lengths, strict=True)]
     size = norm(g, mean)
@@ -105,6 +120,8 @@ def _unit(i: int, lengths: Sequence[float]) -> list[float]:
 
 def karcher_coefficients(g: Sequence[Sequence[float]], max_iter: int, tol: float) -> list[float]:
     """The Karcher mean of the directions of all inputs longer than tol, scaled by their mean length."""
+    if not _defined(g):
+        return [math.nan] * len(g)
     lengths = [math.sqrt(g[i][i]) for i in range(len(g))]
     taking = [i for i, n in enumerate(lengths) if n > tol]
     if not taking:
@@ -134,6 +151,8 @@ def karcher_coefficients(g: Sequence[Sequence[float]], max_iter: int, tol: float
 
 def model_stock_ratio(g: Sequence[Sequence[float]]) -> float:
     """t = K c / (1 + (K − 1) c) with c the mean pairwise cosine of the deltas."""
+    if not _defined(g):
+        return math.nan
     count = len(g)
     cosines = []
     for i in range(count):

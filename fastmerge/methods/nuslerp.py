@@ -43,7 +43,7 @@ def _along(products: Tensor, t: float) -> Tensor:
     """The weights [2, lines] from the products (aa, ab, bb) of each line."""
     aa, ab, bb = products.unbind(1)
     length = aa.sqrt() * bb.sqrt()
-    cos = torch.where(length > 0, ab / length, 1.0).clamp(-1, 1)
+    cos = torch.where(length == 0, 1.0, ab / length).clamp(-1, 1)  # NaN stays
     phi = cos.acos()
     colinear = 1 - cos * cos <= 1e-16
     sin = torch.where(colinear, 1.0, phi.sin())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,10 +16,13 @@ from ._scores import largest_share
 
 @dataclass(frozen=True)
 class Calculated:
-    """What SCE finds on a whole tensor: which elements it selects (None: all), and the models' weights."""
+    """What SCE finds on a whole tensor: which elements it selects (None: all), and the models' weights.
+
+    There are no weights (None) where a selected delta is NaN or Inf: mean squares are not numbers then.
+    """
 
     rule: Threshold | None
-    weight: list[float]
+    weight: list[float] | None
 
 
 @method(paper="arXiv:2408.07990", grain="element", reads=3)
@@ -38,9 +42,13 @@ def sce(
     1); ωᵢ = mean(uᵢ²) / Σ mean(uⱼ²) of the selected deltas; the majority sign is that of Σ uᵢ; and
     Δ = Σ ωᵢ uᵢ [sign agrees] / max(Σ ωᵢ [sign agrees], 1e-6). Real fine-tunes' deltas are so small that mergekit's guard
     makes all weights equal; here they are equal only where every delta vanishes, unless `uniform_below` says otherwise.
+    A selected NaN or Inf makes the whole tensor NaN, as every element depends on the mean squares.
     """
     found: Calculated = context.state
-    out: Tensor = ops.sce_merge(
+    if found.weight is None:
+        out = torch.empty_like(base, dtype=context.dtype) if context.out is None else context.out
+        return out.fill_(float("nan"))
+    out = ops.sce_merge(
         base, models, found.weight, found.rule, offset=context.offset, dtype=context.dtype, out=context.out
     )
     return out
@@ -64,6 +72,8 @@ def _(tensor: TensorStream, plan: Any) -> Calculated:
     tensor.for_each(visit)
     energy = [float(s) / max(tensor.numel, 1) for s in sums.cumsum(0)[-1]] if len(sums) else [0.0] * tensor.count
     total = sum(energy)
+    if not math.isfinite(total):
+        return Calculated(rule, None)
     if total == 0.0 or total < tensor.parameters["uniform_below"]:
         return Calculated(rule, [1.0 / tensor.count] * tensor.count)
     return Calculated(rule, [e / total for e in energy])
