@@ -48,6 +48,10 @@ def tool(name: str) -> list[str]:
 
 
 class Modules(build_py):
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Without benchmarks/test_operators.py, which pytest runs in a clone."""
+        return [m for m in super().find_package_modules(package, package_dir) if not m[1].startswith("test_")]
+
     def run(self) -> None:
         if not self.editable_mode:  # what was removed since the last build must not be in a wheel
             shutil.rmtree(Path(self.build_lib) / "fastmerge", ignore_errors=True)

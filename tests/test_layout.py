@@ -92,3 +92,13 @@ def test_what_a_merge_needs_is_no_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     plain = {re.split(r"[<>=;!~ \[]", d)[0] for d in project["dependencies"]}
     assert {"torch", "numpy", "pydantic", "pyyaml", "typer", "rich", "scipy", "xxhash", "safetensors"} <= plain
+
+
+def test_contributing_shows_the_whole_package():
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    for stem, ends in re.findall(r"(\w+_){([\w,]+)}\.py", tree):
+        tree += " ".join(f"{stem}{end}.py" for end in ends.split(","))
+    entries = [p for p in (ROOT / "fastmerge").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+    assert [p.name for p in entries if p.name not in tree] == []
+    named = {m for m in re.findall(r"^  ([a-z]\w*)/ ", tree, re.MULTILINE)} - {"common"}
+    assert named <= {p.name for p in entries}

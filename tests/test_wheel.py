@@ -100,8 +100,12 @@ def test_contents(wheel):
     assert any(n.startswith("fastmerge/_C") and n.endswith(".so") for n in names)
     for wanted in ("fastmerge/py.typed", "fastmerge/triton_kernels/__init__.py", "fastmerge/benchmarks/__init__.py"):
         assert wanted in names
-    assert any(n.startswith("fastmerge/csrc/common/") for n in names)
-    assert not [n for n in names if n.endswith((".cpp", ".o")) or "/tests/" in n]
+    # What NVRTC compiles through CuPy, and what the alignment of known architectures reads: every file of the clone.
+    for pattern in ("csrc/common/*.h", "csrc/common/*.cuh", "csrc/ops/*.cuh", "fastmerge/structure/specs/*.toml"):
+        files = [f.relative_to(CLONE).as_posix().removeprefix("fastmerge/") for f in CLONE.glob(pattern)]
+        assert files, pattern
+        assert {f"fastmerge/{f}" for f in files} <= set(names), pattern
+    assert not [n for n in names if n.endswith((".cpp", ".cu", ".o")) or "/tests/" in n or "/test_" in n]
 
 
 def test_merges_away_from_the_clone(python, tmp_path):
