@@ -35,6 +35,7 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastmer
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of an operator
+Many = Callable[[Sequence[Call]], list[Any]]  # takes many calls at once
 
 
 class BackendUnavailable(RuntimeError):
@@ -47,7 +48,7 @@ class Backend:
     run: Callable[..., Any]
     when: Callable[..., str | None]
     detail: Callable[..., str] | None = None  # which of several ways it would take, for explain()
-    many: Callable[[Sequence[Call]], list[Any]] | None = None  # many calls in one launch
+    many: Many | None = None  # many calls in one launch
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,9 @@ class Op(Generic[P, R]):
                 kind = None  # tensors with, say, a numpy index: the result is a tensor
             args, kwargs = _from_foreign(args), _from_foreign(kwargs)
         chosen = self.choose(*args, backend=backend, **kwargs)
-        batch = _batches.get()
-        if batch is not None and batch.takes(self, chosen, kwargs):
-            waiting: R = batch.defer(self, chosen, args, kwargs)
+        many = None if chosen == REFERENCE else self.backends[chosen].many
+        if many is not None and deferred(many, args, kwargs):
+            waiting: R = kwargs["out"]
             return waiting
         run: Callable[..., R] = self.reference if chosen == REFERENCE else self.backends[chosen].run
         result = run(*args, **kwargs)
@@ -284,7 +285,7 @@ class Batch:
     MOST = 256  # calls that wait at most: their workspace is held at once
 
     def __init__(self) -> None:
-        self.waiting: dict[tuple[Op[..., Any], str], list[Call]] = {}
+        self.waiting: dict[Many, list[Call]] = {}
 
     @contextlib.contextmanager
     def deferring(self) -> Iterator[None]:
@@ -295,29 +296,29 @@ class Batch:
         finally:
             _batches.reset(token)
 
-    def takes(self, the_op: Op[..., Any], backend: str, kwargs: dict[str, Any]) -> bool:
-        out = kwargs.get("out")
-        return backend != REFERENCE and the_op.backends[backend].many is not None and (
-            isinstance(out, torch.Tensor) and out.numel() <= self.SMALL
-        )  # fmt: skip
-
-    def defer(self, the_op: Op[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls = self.waiting.setdefault((the_op, backend), [])
-        calls.append((args, kwargs))
+    def defer(self, many: Many, call: Call) -> None:
+        calls = self.waiting.setdefault(many, [])
+        calls.append(call)
         if len(calls) >= self.MOST:
             self.flush()
-        return kwargs["out"]
 
     def flush(self) -> None:
         """Run what waits."""
         waiting, self.waiting = self.waiting, {}
-        for (the_op, backend), calls in waiting.items():
-            many = the_op.backends[backend].many
-            assert many is not None
+        for many, calls in waiting.items():
             many(calls)
 
 
 _batches: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("fastmerge_batch", default=None)
+
+
+def deferred(many: Many, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call waits, within :meth:`Batch.deferring`, to be run by `many` with others; its `out` is filled then."""
+    batch, out = _batches.get(), kwargs.get("out")
+    if batch is None or not isinstance(out, torch.Tensor) or out.numel() > Batch.SMALL:
+        return False
+    batch.defer(many, (args, kwargs))
+    return True
 
 
 @contextlib.contextmanager

@@ -20,3 +20,16 @@ def test_there_is_a_device():
 def test_backends_on_the_device_agree_with_the_reference(op):
     served = [name for name in ("triton", "cuda") if name in op.backends]
     assert check_op(op, device="cuda") > 0 or not served, f"none of {served} could run a single case"
+
+
+def test_matrices_filtered_together_have_the_bits_of_each_alone():
+    for shape, cutoff, dtype in (
+        ((1024, 1024), 0.1, torch.bfloat16), ((1024, 1024), 0.4, torch.bfloat16), ((30, 31), 0.3, torch.float32),
+        ((57, 131), 0.9, torch.float32), ((64, 48), 0.1, torch.float64),
+    ):  # fmt: skip
+        every = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)]
+        every[2][1, 3] = float("nan")
+        together = ops.highpass_filter.each([((x, cutoff), {"backend": "triton"}) for x in every])
+        for i, (x, got) in enumerate(zip(every, together, strict=True)):
+            assert torch.equal(got.isnan(), torch.full_like(got, i == 2, dtype=torch.bool))
+            assert torch.equal(got.nan_to_num(), ops.highpass_filter(x, cutoff, backend="triton").nan_to_num())

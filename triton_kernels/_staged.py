@@ -27,6 +27,8 @@ from ._stages import (
     _delta,
     _factor,
     _finish,
+    _inputs,
+    _listed,
     _roots,
     _times,
     kept,
@@ -40,13 +42,15 @@ from ._stages import (
 @jit(do_not_specialize=["weights", "rings", "columns"])
 def one_tile_kernel(
     base_ptr, model_ptrs, weights, tall_ptr, wide_ptr, bounds_ptr, ring_ptr, rings, out_ptr, columns, height, width, share,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, TABLES: tl.constexpr,
+    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, TABLES: tl.constexpr,
     PRECISION: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
 ):  # fmt: skip
     """A program filters one matrix: the removed columns by a product, the other axis there and back, x − low."""
     i, j = tl.arange(0, PH)[:, None], tl.arange(0, PW)[None, :]
     ok = (i < height) & (j < width)
-    at = tl.program_id(0).to(tl.int64) * height * width + i * width + j
+    batch = tl.program_id(0).to(tl.int64)
+    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+    at = first * height * width + i * width + j
     x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32)
     bad = tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0) > 0
     low = tl.zeros((PH, PW), tl.float32)
@@ -62,13 +66,14 @@ def one_tile_kernel(
         back = wide_ptr + c[:, None] * PW + j
         low = tl.dot(dr, tl.load(back), low, input_precision=PRECISION)
         low = tl.dot(di, tl.load(back + PW * PW), low, input_precision=PRECISION)
+    out_ptr = _listed(table_ptr, batch, 0, len(model_ptrs), out_ptr, ALIGN)
     _finish(base_ptr, out_ptr, at, ok, x - low, bad, ADD_BASE)
 
 
 @jit(do_not_specialize=["weights"])
 def rows_forward_kernel(
     base_ptr, model_ptrs, weights, first_ptr, twiddle_ptr, second_ptr, spectrum_ptr, bad_ptr, height, N1, N2, blocks,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     Q: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` blocks of N1 columns of the transforms of two rows; notes a NaN or an Inf."""
@@ -76,7 +81,8 @@ def rows_forward_kernel(
     i, j = tl.arange(0, P1)[:, None], tl.arange(0, 2 * P2)[None, :]
     row, c = 2 * pair + j // P2, j % P2
     ok = (i < N1) & (c < N2) & (row < height)
-    at = (batch * height + row) * (N1 * N2) + i * N2 + c
+    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+    at = (first * height + row) * (N1 * N2) + i * N2 + c
     x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32)
     if tl.max(tl.max(((x - x) != 0).to(tl.int32), 1), 0) > 0:
         tl.atomic_max(bad_ptr + batch, 1)
@@ -167,7 +173,7 @@ def columns_kernel(
 @jit(do_not_specialize=["weights"])
 def rows_back_kernel(
     base_ptr, model_ptrs, weights, first_ptr, twiddle_ptr, second_ptr, spectrum_ptr, bad_ptr, out_ptr, height, N1, N2, blocks,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, KEEP: tl.constexpr,
+    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
 ):  # fmt: skip
     """out = (base +) delta − what the columns give for two rows; KEEP: (base +) what they give."""
@@ -191,7 +197,9 @@ def rows_back_kernel(
     y = tl.dot(fr, br * tr + bi * ti, input_precision=PRECISION)
     y = tl.dot(fi, bi * tr - br * ti, y, input_precision=PRECISION)
     ok = (i < N1) & (c < N2) & (row < height)
-    at = (batch * height + row) * (N1 * N2) + i * N2 + c
+    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+    out_ptr = _listed(table_ptr, batch, 0, len(model_ptrs), out_ptr, ALIGN)
+    at = (first * height + row) * (N1 * N2) + i * N2 + c
     if KEEP == 0:
         y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32) - y
     _finish(base_ptr, out_ptr, at, ok, y, tl.load(bad_ptr + batch) != 0, ADD_BASE)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._jit import INTERPRETING, jit, target, tl
-from ._stages import LONG, Stages, _delta, _factor, _finish, _load, table
+from ._stages import LONG, Stages, _delta, _factor, _finish, _inputs, _listed, _load, table
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,13 +154,14 @@ def _forward(x, tables_ptr, bad, PRECISION: tl.constexpr, P: tl.constexpr, LANES
 @jit(do_not_specialize=["weights"])
 def long_rows_forward_kernel(
     base_ptr, model_ptrs, weights, tables_ptr, spectrum_ptr, bad_ptr, height, N1, N2, N3, blocks,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
+    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` blocks of N1 columns of the transforms of two rows, LANES at a time."""
     pair, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
     if LANES == 2:
-        start, at, ok = _rows(2 * pair, batch, height, N1, N2, N3, P, 2)
+        start, at, ok = _rows(2 * pair, first, height, N1, N2, N3, P, 2)
         x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
         cr, ci = _forward(x, tables_ptr, bad_ptr + batch, PRECISION, P, 2)
         value = tl.join(cr, ci).reshape(2, P // 2, 2, P, P, 2)  # [row, q1 / 2, q1 % 2, k1, q2, (re, im)]
@@ -168,7 +169,7 @@ def long_rows_forward_kernel(
         vr = tl.zeros((P * P, P), tl.float32)
         vi, wr, wi = vr, vr, vr
         for lane in tl.range(0, 2):  # the first one's result waits: whole sectors
-            start, at, ok = _rows(2 * pair + lane, batch, height, N1, N2, N3, P, 1)
+            start, at, ok = _rows(2 * pair + lane, first, height, N1, N2, N3, P, 1)
             x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start)
             cr, ci = _forward(x, tables_ptr, bad_ptr + batch, PRECISION, P, 1)
             vr, vi, wr, wi = wr, wi, cr, ci
@@ -281,7 +282,7 @@ def _back(cr, ci, tables_ptr, PRECISION: tl.constexpr, P: tl.constexpr, LANES: t
 @jit(do_not_specialize=["weights"])
 def long_rows_back_kernel(
     base_ptr, model_ptrs, weights, tables_ptr, spectrum_ptr, bad_ptr, out_ptr, height, N1, N2, N3, blocks,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, KEEP: tl.constexpr,
+    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -296,17 +297,21 @@ def long_rows_back_kernel(
     if LANES == 2:
         cr, ci = value.permute(3, 2, 4, 0, 1, 5).reshape(2 * P * P, P, 2).split()
         y = _back(cr, ci, tables_ptr, PRECISION, P, 2)
-        start, at, ok = _rows(2 * pair, batch, height, N1, N2, N3, P, 2)
+        first, base, models, scalars = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+        start, at, ok = _rows(2 * pair, first, height, N1, N2, N3, P, 2)
         if KEEP == 0:
-            y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
-        _finish(base_ptr + start, out_ptr + start, at, ok, y, bad, ADD_BASE)
+            y = _delta(base, models, scalars, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
+        out = _listed(table_ptr, batch, 0, len(model_ptrs), out_ptr, ALIGN)
+        _finish(base + start, out + start, at, ok, y, bad, ADD_BASE)
     else:
         now, later = value.permute(2, 4, 0, 1, 5, 3).reshape(P * P, P, 2, 2).split()
         for lane in tl.range(0, 2):
             cr, ci = now.split()
             y = _back(cr, ci, tables_ptr, PRECISION, P, 1)
-            start, at, ok = _rows(2 * pair + lane, batch, height, N1, N2, N3, P, 1)
+            first, base, models, scalars = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+            start, at, ok = _rows(2 * pair + lane, first, height, N1, N2, N3, P, 1)
             if KEEP == 0:
-                y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
-            _finish(base_ptr + start, out_ptr + start, at, ok, y, bad, ADD_BASE)
+                y = _delta(base, models, scalars, at, ok, HAS_BASE, WEIGHTED, tl.float32, start) - y
+            out = _listed(table_ptr, batch, 0, len(model_ptrs), out_ptr, ALIGN)
+            _finish(base + start, out + start, at, ok, y, bad, ADD_BASE)
             now = later

@@ -169,6 +169,33 @@ def _load(ptrs, ok):
 
 
 @jit
+def _listed(table_ptr, batch, column: tl.constexpr, K: tl.constexpr, ptr, ALIGN: tl.constexpr):
+    """`ptr`, or, with a table, the address of its type that is in the row of matrix `batch`.
+
+    A row: out, base, K models, K weights. ALIGN: what divides all addresses.
+    """
+    if table_ptr is None:
+        return ptr
+    else:
+        return tl.multiple_of(tl.load(table_ptr + batch * (2 * K + 2) + column).to(ptr.dtype), ALIGN)
+
+
+@jit
+def _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN: tl.constexpr):
+    """(number among the matrices, base, models, weights) of matrix `batch`: what was given, or, with a table, its row."""
+    if table_ptr is None:
+        return batch, base_ptr, model_ptrs, weights
+    else:
+        K: tl.constexpr = len(model_ptrs)
+        models = (_listed(table_ptr, batch, 2, K, model_ptrs[0], ALIGN),)
+        scalars = (tl.load(table_ptr + batch * (2 * K + 2) + 2 + K),)
+        for k in tl.static_range(1, K):
+            models = models + (_listed(table_ptr, batch, 2 + k, K, model_ptrs[k], ALIGN),)  # noqa: RUF005 (Triton unpacks none)
+            scalars = scalars + (tl.load(table_ptr + batch * (2 * K + 2) + 2 + K + k),)  # noqa: RUF005
+        return batch * 0, _listed(table_ptr, batch, 1, K, base_ptr, ALIGN), models, scalars
+
+
+@jit
 def _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, start=0):  # fmt: skip
     """Σ wᵢ (modelᵢ − base) of the elements start + at, or the one model as it is."""
     x = _load(model_ptrs[0] + start + at, ok).to(COMPUTE)

@@ -1,67 +1,54 @@
-"""highpass_filter: remove the low frequencies of every matrix of a batch, in one of two forms that are both exact.
+"""highpass_filter: remove the low frequencies of every matrix of a batch, in one of three forms, all exact.
 
 Story. The filter's result is x minus its removed part, and the usual masks remove few frequencies.
 
 *pruned*: the removed part is a product with thin matrices of cosines and sines. With the C removed columns of the half
 spectrum, E [W, 2C] holds cos and −sin of 2πcw/W; P = x E is the transform along the rows on those columns alone, a small
-complex product along the other axis applies the gains 1 − g, and ``out = x − D Eᵀ``. The shorter axis is contracted first.
+transform along the other axis and back applies the gains 1 − g, and ``out = x − D Eᵀ``. The shorter axis is contracted first.
 x is read twice and written once, the rest is thin; the work is 8·C·H·W flops in `tl.dot`, three TF32 products each.
+
+*staged*: Fourier transforms in `tl.dot` stages (_staged.py).
 
 *fft*: torch.fft makes the transforms; a kernel before it forms the (weighted) delta in the compute dtype, one between
 applies the gains from the integer bounds, one after it adds the base, casts and marks matrices that held a NaN or an Inf.
 
-`form` chooses by counting flops and bytes, see there. Either can take the delta Σ wᵢ (modelᵢ − base) instead of x, and add
-the base at the end, so that a whole merge needs no other pass.
+`form` chooses by counting flops and bytes, see there. Each can take the delta Σ wᵢ (modelᵢ − base) instead of x, and add
+the base at the end, so that a whole merge needs no other pass. Many matrices of a shape go in the same launches: a program
+then takes its addresses and weights from its matrix's row of a table.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._jit import (
     INTERPRETING,
+    aligned,
     bits,
     jit,
     launch,
     narrow,
-    target,
     tl,
     tl_dtype,
     triton,
     upload,
-    warps,
     wide_dtype,
 )
+from ._pruned import Key, Mask, products, pruned, thin_axis, transformed
 from ._staged import one_tile, three_launches
-from ._stages import TILE, _delta, _load, flops, shape
+from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
 FLOPS_PER_BYTE = 49  # an H100's 3xTF32 flops for each byte its memory moves: 495e12 / 3 / 3.35e12 (data sheet)
 _FFT_BYTES = 56  # moved for each element by the fft form: 14 passes of 4 bytes (first, 2 x 4 transform, 2 mask, last)
+TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
 _STAGED_SLOWER = 2  # small products, operands rearranged between them: assumed to run at half the rate of long ones,
 _THREE_STAGES_SLOWER = 8 / 3  # and at three eighths of it where registers leave room for 8 warps only
 _PRUNED_BYTES = 12  # by the pruned form: x twice, out once
-
-
-class Mask(Protocol):
-    """fastmerge.ops._spectral_mask.SpectralMask."""
-
-    height: int
-    width: int
-    bounds: Tensor
-    ring: Tensor
-    columns: Tensor
-
-    @property
-    def rows(self) -> Tensor: ...
-
-    def gain(self) -> Tensor: ...
 
 
 class Form(NamedTuple):
@@ -78,7 +65,7 @@ def form(mask: Mask, compute: torch.dtype) -> Form:
         return Form("fft", "float64 goes through torch.fft")
     if max(mask.height, mask.width) <= TILE:
         return Form("staged", f"{mask.height} x {mask.width} fits in a tile: one launch")
-    thin, length = _thin(_Key(mask))
+    thin, length = thin_axis(Key(mask))
     estimate = costs(mask)
     name = min(estimate, key=lambda n: estimate[n])
     each = ", ".join(f"{n} {c:.0f}" for n, c in estimate.items())
@@ -87,7 +74,7 @@ def form(mask: Mask, compute: torch.dtype) -> Form:
 
 def costs(mask: Mask) -> dict[str, float]:
     """Each possible form's estimate, in the time in which memory moves a byte, for each element of x."""
-    thin, length = _thin(_Key(mask))
+    thin, length = thin_axis(Key(mask))
     found = {
         "pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length
     }  # the thin panel's own transforms
@@ -99,100 +86,19 @@ def costs(mask: Mask) -> dict[str, float]:
     return found | {"fft": _FFT_BYTES}
 
 
-class _Key:
-    """A mask as a dictionary key, by identity: the masks are cached objects themselves."""
-
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
-
-    def __hash__(self) -> int:
-        return id(self.mask)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.mask is self.mask
-
-
-@functools.lru_cache(maxsize=256)
-def _thin(key: _Key) -> tuple[int, int]:
-    """(removed frequencies of the axis contracted first, its length)."""
-    mask = key.mask
-    if mask.height < mask.width:
-        rows = (mask.gain()[:, mask.columns.long()] != 1).any(1).nonzero()[:, 0]
-        return int(torch.minimum(rows, mask.height - rows).unique().numel()), mask.height
-    return len(mask.columns), mask.width
-
-
-def _removed(key: _Key) -> Tensor:
-    """float64 [H, W]: 1 − the gain that a real result sees on the whole plane; bin (-r, -c) mirrors (r, c)."""
-    height, width, gain = key.mask.height, key.mask.width, key.mask.gain()
-    half = width // 2 + 1
-    whole = torch.zeros(height, width, dtype=torch.float64)
-    whole[:, :half] = gain
-    mirror = (-torch.arange(height)) % height
-    whole[:, half:] = gain[mirror][:, (-torch.arange(half, width)) % width]
-    for c in {0, width // 2} if width % 2 == 0 else {0}:  # columns that are their own mirror: the mean of both
-        whole[:, c] = (gain[:, c] + gain[mirror, c]) / 2
-    return 1.0 - whole
-
-
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @jit(do_not_specialize=["weights"])
-def project_kernel(
-    base_ptr, model_ptrs, weights, basis_ptr, out_ptr, bad_ptr, M, K, N, stride_m, stride_k, size,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def delta_kernel(
+    base_ptr, model_ptrs, weights, out_ptr, n, table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[M, N] = delta[M, K] · basis[K, N], of every matrix of the batch; notes matrices that hold a NaN or an Inf."""
-    batch = tl.program_id(2).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), tl.float32)
-    odd = tl.zeros((BM, BK), tl.int32)
-    for start in tl.range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        ok = (m[:, None] < M) & (k[None, :] < K)
-        at = batch * size + m[:, None].to(tl.int64) * stride_m + k[None, :].to(tl.int64) * stride_k
-        x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32)
-        odd = odd | ((x - x) != 0).to(tl.int32)
-        e = tl.load(basis_ptr + k[:, None] * N + n[None, :], mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
-        total = tl.dot(x, e, total, input_precision=PRECISION)
-    place = out_ptr + batch * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(place, total, mask=(m[:, None] < M) & (n[None, :] < N))
-    if tl.max(tl.max(odd, 1), 0) > 0:
-        tl.atomic_max(bad_ptr + batch, 1)
-
-
-@jit(do_not_specialize=["weights"])
-def subtract_kernel(
-    base_ptr, model_ptrs, weights, thin_ptr, basis_ptr, bad_ptr, out_ptr, M, K, N, stride_m, stride_n, size,
-    HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out = (base +) delta − thin[M, K] · basis[N, K]ᵀ."""
-    batch = tl.program_id(2).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    low = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        d = tl.load(thin_ptr + batch * M * K + m[:, None].to(tl.int64) * K + k[None, :],
-                    mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)  # fmt: skip
-        e = tl.load(basis_ptr + n[None, :] * K + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        low = tl.dot(d, e, low, input_precision=PRECISION)
-    ok = (m[:, None] < M) & (n[None, :] < N)
-    at = batch * size + m[:, None].to(tl.int64) * stride_m + n[None, :].to(tl.int64) * stride_n
-    y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32) - low
-    y = tl.where(tl.load(bad_ptr + batch) != 0, float("nan"), y)
-    if ADD_BASE:
-        y = tl.load(base_ptr + at, mask=ok, other=0.0).to(tl.float32) + y
-    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
-
-
-@jit(do_not_specialize=["weights"])
-def delta_kernel(base_ptr, model_ptrs, weights, out_ptr, n, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Before the transform: the delta in the compute dtype."""
+    """Before the transform: the delta in the compute dtype; n elements of one matrix, or (no table) of all."""
+    batch = tl.program_id(1).to(tl.int64)
+    _, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
+    if table_ptr is not None:
+        out_ptr += batch * n
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -232,8 +138,17 @@ def _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, ok, size, ADD_BASE:
 
 
 @jit
-def finish_kernel(value_ptr, base_ptr, bad_ptr, out_ptr, n, size, ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """After the transform: base, cast, and NaN for the matrices that held one."""
+def finish_kernel(
+    value_ptr, base_ptr, bad_ptr, out_ptr, n, size, table_ptr, ALIGN: tl.constexpr, K: tl.constexpr, ADD_BASE: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """After the transform: base, cast, and NaN for the matrices that held one; n as in `delta_kernel`."""
+    batch = tl.program_id(1).to(tl.int64)
+    out_ptr = _listed(table_ptr, batch, 0, K, out_ptr, ALIGN)
+    base_ptr = _listed(table_ptr, batch, 1, K, base_ptr, ALIGN)
+    if table_ptr is not None:
+        value_ptr += batch * n
+        bad_ptr += batch
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -245,16 +160,28 @@ def finish_kernel(value_ptr, base_ptr, bad_ptr, out_ptr, n, size, ADD_BASE: tl.c
 # --------------------------------------------------------------------------------------------------------- launcher
 
 
+class Job(NamedTuple):
+    """One matrix (or a batch of them) of `highpass_filter_many`; see `highpass_filter`."""
+
+    models: Sequence[Tensor]
+    out: Tensor
+    mask: Mask
+    base: Tensor | None = None
+    weights: Sequence[float] | None = None
+    add_base: bool = False
+    tf32: bool = False
+
+
 def highpass_filter(
     models: Sequence[Tensor],
     out: Tensor,
     mask: Mask,
-    *,
     base: Tensor | None = None,
     weights: Sequence[float] | None = None,
     add_base: bool = False,
-    which: str | None = None,
     tf32: bool = False,
+    *,
+    which: str | None = None,
 ) -> Tensor:
     """Fills `out` [..., H, W] with the filtered models[0], or with (base +) the filtered Σ wᵢ (modelᵢ − base).
 
@@ -263,80 +190,75 @@ def highpass_filter(
     """
     compute = wide_dtype(base, *models)
     batch = out.numel() // (mask.height * mask.width)
-    source = (
-        models[0] if base is None else base,
-        tuple(models),
-        tuple(bits(w, compute) for w in (weights or [1.0])),
-    )
-    flags = {"HAS_BASE": base is not None, "WEIGHTED": weights is not None}
-    run = {"pruned": _pruned, "staged": _staged, "fft": _through_fft}[which or form(mask, compute).name]
+    flags = {"HAS_BASE": base is not None, "WEIGHTED": weights is not None, "table_ptr": None, "ALIGN": 1}
+    run = _RUN[which or form(mask, compute).name]
+    scalars = tuple(bits(w, compute) for w in (weights or [1.0]))
     for begin in range(0, batch, _GRID):
         end = min(batch, begin + _GRID)
+        parts = (models[0] if base is None else base, *models, out)
         if end - begin < batch:
-            parts = [t.view(batch, mask.height, mask.width)[begin:end] for t in (source[0], *source[1], out)]
-            run((parts[0], tuple(parts[1:-1]), source[2]), flags, parts[-1], mask, end - begin, compute, add_base, tf32)
-        else:
-            run(source, flags, out, mask, batch, compute, add_base, tf32)
+            parts = tuple(t.view(batch, mask.height, mask.width)[begin:end] for t in parts)
+        run((parts[0], parts[1:-1], scalars), flags, parts[-1], mask, end - begin, compute, add_base, tf32)
     return out
 
 
-def _pruned(source, flags, out, mask, batch, compute, add_base, tf32):  # type: ignore[no-untyped-def]
-    height, width, device = mask.height, mask.width, out.device
-    over_rows = height < width  # contract the shorter axis first
-    basis, factor = _bases(_Key(mask), over_rows, device)
-    m, k, stride_m, stride_k = (width, height, 1, width) if over_rows else (height, width, width, 1)
-    n = basis.shape[1]
-    thin = torch.empty(batch, m, n, dtype=torch.float32, device=device)
-    bad = torch.zeros(batch, dtype=torch.int32, device=device)
-    precision = _precision(tf32)
-    tile = {"BM": 128, "BN": 128, "BK": 128} if INTERPRETING else {"BM": 64, "BN": 64, "BK": 32}
-    launch(
-        project_kernel, (triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"]), batch),
-        *source, basis, thin, bad, m, k, n, stride_m, stride_k, height * width,
-        PRECISION=precision, num_warps=warps(8), device=device, **flags, **tile,
-    )  # fmt: skip
-    bins = torch.fft.fft(torch.view_as_complex(thin.view(batch, m, n // 2, 2)), dim=1)
-    low = torch.view_as_real(torch.fft.ifft(bins * factor, dim=1)).contiguous()
-    launch(
-        subtract_kernel, (triton.cdiv(k, tile["BN"]), triton.cdiv(m, tile["BM"]), batch),
-        *source, low, basis, bad, out, m, n, k, stride_m, stride_k, height * width,
-        ADD_BASE=add_base, PRECISION=precision, num_warps=warps(8), device=device, **flags, **tile,
-    )  # fmt: skip
+def highpass_filter_many(jobs: Sequence[Job], *, which: str | None = None) -> None:
+    """Many calls of `highpass_filter`, with the same bits: one grid for all matrices of a shape, a mask and dtypes.
+
+    Where torch.fft makes transforms they go one matrix at a time: with several, its bits can be others. As many as have
+    TOGETHER elements go at once; workspace, at most 16 bytes an element of float32, is held for that many.
+    """
+    groups: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        tensors = [job.out, *([] if job.base is None else [job.base]), *job.models]
+        key = (Key(job.mask), job.out.device, *(t.dtype for t in tensors), job.base is None, job.weights is None,
+               job.add_base, job.tf32, aligned(*tensors))  # fmt: skip
+        if job.out.numel() > job.mask.height * job.mask.width:
+            highpass_filter(*job, which=which)  # a batch: one grid already
+        else:
+            groups.setdefault(key, []).append(job)
+    for group in groups.values():
+        size = group[0].out.numel()
+        most = max(1, min(_GRID, TOGETHER // size))
+        for begin in range(0, len(group), most):
+            part = group[begin : begin + most]
+            if len(part) == 1:
+                highpass_filter(*part[0], which=which)
+            else:
+                _launch_group(part, which)
 
 
-@functools.lru_cache(maxsize=32)
-def _bases(key: _Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(basis [K, 2C] of cos and −sin along the axis contracted first, factors [M, C] of the bins to subtract)."""
-    removed = _removed(key)
-    removed = removed.T if over_rows else removed  # [M, K]
-    k = removed.shape[1]
-    first = (removed[:, : k // 2 + 1] != 0).any(0).nonzero()[:, 0]
-    angle = 2 * math.pi * ((torch.arange(k)[:, None] * first) % k).double() / k
-    basis = torch.stack([angle.cos(), -angle.sin()], 2).reshape(k, -1).float()
-    twice = torch.where((first == 0) | (2 * first == k), 1.0, 2.0)  # a bin and its mirror
-    factor = (removed[:, first] * twice / k).float()
-    more = -len(first) % 8  # columns of zeros, so that rows of the thin matrices start at multiples of 64 bytes
-    pad = torch.nn.functional.pad
-    return pad(basis, (0, 2 * more)).to(device), pad(factor, (0, more)).to(device)
+def _launch_group(group: Sequence[Job], which: str | None) -> None:
+    models, out, mask, base, weights, add_base, tf32 = group[0]
+    compute = wide_dtype(base, *models)
+    rows: list[list[int]] = []
+    for job in group:
+        tensors = (job.out, job.models[0] if job.base is None else job.base, *job.models)
+        rows.append([t.data_ptr() for t in tensors] + [bits(w, compute) for w in (job.weights or [1.0])])
+    flags = {
+        "HAS_BASE": base is not None, "WEIGHTED": weights is not None, "table_ptr": upload(rows, torch.int64, out.device),
+        "ALIGN": 16 if aligned(out, base, *models) else 1,
+    }  # fmt: skip
+    source = (models[0] if base is None else base, tuple(models), tuple(rows[0][2 + len(models) :]))
+    _RUN[which or form(mask, compute).name](source, flags, out, mask, len(group), compute, add_base, tf32)
 
 
 def _staged(source, flags, out, mask, batch, _compute, add_base, tf32):  # type: ignore[no-untyped-def]
     run = one_tile if max(mask.height, mask.width) <= TILE else three_launches
-    run(source, flags, out, mask, batch, add_base, _precision(tf32))
-
-
-def _precision(tf32: bool) -> str:
-    return "ieee" if INTERPRETING or target().backend != "cuda" else "tf32" if tf32 else "tf32x3"
+    run(source, flags, out, mask, batch, add_base, products(tf32))
 
 
 def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # type: ignore[no-untyped-def]
     height, width, device = mask.height, mask.width, out.device
-    n, half, tables = out.numel(), width // 2 + 1, mask.bounds.shape[0]
+    size, half, tables = height * width, width // 2 + 1, mask.bounds.shape[0]
+    listed = flags["table_ptr"] is not None
+    n, matrices = (size, batch) if listed else (batch * size, 1)  # a row of programs for each matrix, or one for all
     block = 1 << 16 if INTERPRETING else 1024
     value = torch.empty(batch, height, width, dtype=compute, device=device)
-    launch(delta_kernel, (triton.cdiv(n, block),), *source, value, n, COMPUTE=tl_dtype(compute), BLOCK=block,
+    launch(delta_kernel, (triton.cdiv(n, block), matrices), *source, value, n, COMPUTE=tl_dtype(compute), BLOCK=block,
            device=device, **flags)  # fmt: skip
-    spectrum = torch.fft.rfft2(value)
+    spectrum = transformed(torch.fft.rfft2, value, flags)
+    del value
     bad = (~torch.view_as_real(spectrum[:, 0, 0]).isfinite().all(-1)).to(torch.int32)  # the sum of all elements
     low, high = (upload(mask.bounds[..., i].contiguous(), torch.int32, device) for i in (0, 1))
     ring = mask.ring.long()
@@ -350,6 +272,10 @@ def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # 
     )  # fmt: skip
     if len(ring):
         bins.index_add_(1, where, raised)
-    value = torch.fft.irfft2(spectrum, s=(height, width))
-    launch(finish_kernel, (triton.cdiv(n, block),), value, source[0], bad, out, n, height * width,
-           ADD_BASE=add_base, COMPUTE=tl_dtype(compute), BLOCK=block, device=device)  # fmt: skip
+    value = transformed(lambda s: torch.fft.irfft2(s, s=(height, width)), spectrum, flags)
+    launch(finish_kernel, (triton.cdiv(n, block), matrices), value, source[0], bad, out, n, size, flags["table_ptr"],
+           ALIGN=flags["ALIGN"], K=len(source[1]), ADD_BASE=add_base, COMPUTE=tl_dtype(compute), BLOCK=block,
+           device=device)  # fmt: skip
+
+
+_RUN = {"pruned": pruned, "staged": _staged, "fft": _through_fft}

@@ -59,6 +59,10 @@ class DeviceStream(Stream):
         self.pool.each(len(pieces), chunk)
         self._inspected = True
 
+    def in_one_call(self, runs: Callable[[Tensor | None, list[Tensor]], bool]) -> bool:
+        """See :class:`Stream`. Where tensors share a slot."""
+        return 0 < self.numel <= self.stage.small
+
     def _share_a_slot(self, visit: Merge) -> None:
         """A small tensor beside others: its calls wait for theirs where one launch takes them all."""
         dtypes = [s.dtype for s in self._sources]

@@ -283,6 +283,10 @@ class Stream:
 
         self.for_each(task, align)
 
+    def in_one_call(self, runs: Callable[[Tensor | None, list[Tensor]], bool]) -> bool:
+        """Whether `merge_each` gives the whole tensor in one call: in memory, where ``runs(base, models)``."""
+        return self.resident and runs(*self.whole())
+
     def collects(self, key: str, dtype: torch.dtype = torch.float32) -> bool:
         """Whether `collect` keeps the tensor on a device; if not, a method may rather pass over it twice."""
         return False

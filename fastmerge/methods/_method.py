@@ -89,6 +89,12 @@ class TensorStream(Protocol):
         """
         ...
 
+    def in_one_call(self, runs: Callable[[Tensor | None, list[Tensor]], bool]) -> bool:
+        """Whether `merge_each` gives the whole tensor in one call: small and on its way to a GPU, or in memory where
+        ``runs(base, models)``.
+        """
+        ...
+
     def collect(
         self,
         key: str,

@@ -14,7 +14,7 @@ from .. import _native, ops
 from ..errors import BadInput
 from ..ops._highpass_cpu import LANES
 from ..ops.abs_sum import BLOCK
-from ..ops.highpass_filter import bytes_held, fused_merge, two_passes
+from ..ops.highpass_filter import bytes_held, fused_merge, fuses, two_passes
 from ._fr_rules import Rule, resolve
 from ._method import Context, Header, Help, PerModel, Range, TensorStream, method
 
@@ -75,7 +75,8 @@ def fr(
             lambda offset, base, models, out: ops.weighted_sum(base, models, weights, dtype=tensor.out_dtype, out=out)
         )
         return
-    if tensor.resident and _merged_at_once(tensor, rule, weights):
+    if tensor.in_one_call(fuses):
+        _merge_at_once(tensor, rule, weights)
         return
     if not tensor.collects("delta", tensor.compute) and _in_two_passes(tensor, rule, weights):
         return
@@ -186,17 +187,29 @@ def _abs_sums(tensor: TensorStream) -> list[float]:
     return [math.fsum(v for v in row if math.isfinite(v)) for row in blocks.tolist()]
 
 
-def _merged_at_once(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -> bool:
-    """Where Triton's kernels run: the whole tensor without storing its delta; else False, and nothing is done."""
-    base, models = tensor.whole()
-    place = tensor.place(0, tensor.numel)
-    merged = fused_merge(
-        _given(base), models, weights, rule.cutoff, mask=rule.mask, ring_double=rule.ring_double, dtype=tensor.out_dtype,
-        out=None if place is None else place.view(tensor.shape),
-    )  # fmt: skip
-    if merged is not None:
-        tensor.emit(merged)
-    return merged is not None
+def _merge_at_once(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -> None:
+    """By Triton's kernels without storing the delta, small matrices of a shape in shared launches; else step by step."""
+
+    def merge(offset: int, base: Tensor | None, models: list[Tensor], out: Tensor | None) -> Tensor:
+        base, models = _given(base).view(tensor.shape), [m.view(tensor.shape) for m in models]
+        out = None if out is None else out.view(tensor.shape)
+        merged = fused_merge(
+            base,
+            models,
+            weights,
+            rule.cutoff,
+            mask=rule.mask,
+            ring_double=rule.ring_double,
+            dtype=tensor.out_dtype,
+            out=out,
+        )
+        if merged is None:
+            delta = ops.weighted_sum(base, models, weights, add_base=False, dtype=tensor.compute)
+            delta = ops.highpass_filter(delta, rule.cutoff, mask=rule.mask, ring_double=rule.ring_double)
+            merged = ops.weighted_sum(None, [base, delta], 1.0, dtype=tensor.out_dtype, out=out)
+        return merged
+
+    tensor.merge_each(merge)
 
 
 def _in_two_passes(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -> bool:

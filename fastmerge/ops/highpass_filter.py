@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import op
+from .._dispatch import Call, deferred, op
 from ._checks import compute_dtype, require_float, require_like, result_like
 from ._highpass_cpu import Passes, Scratch, filter_matrices, held_bytes
 from ._spectral_mask import SpectralMask, spectral_mask
@@ -112,15 +113,47 @@ def _triton_form(x, cutoff=None, *, mask="radial", ring_double=False, tf32=False
 
 @highpass_filter.backend("triton", when=lambda x, *_, **__: _triton.why_not(x), detail=_triton_form)
 def _highpass_filter_triton(x, cutoff=None, *, mask="radial", ring_double=False, tf32=False, dtype=None, out=None):  # type: ignore[no-untyped-def]
-    result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
-    if plan is None or not len(plan.columns):
-        return result.copy_(x)
-    # The subtraction reads x again when part of the result is written, so `out` may not be x in the middle of it.
-    dense = result if result.is_contiguous() and result.data_ptr() != x.data_ptr() else torch.empty_like(
-        result, memory_format=torch.contiguous_format
-    )  # fmt: skip
-    _triton.kernel("highpass_filter")([x.contiguous()], dense, plan, tf32=tf32)
-    return dense if dense is result else result.copy_(dense)
+    kwargs = {"mask": mask, "ring_double": ring_double, "tf32": tf32, "dtype": dtype, "out": out}
+    return _highpass_filter_triton_many([((x, cutoff), kwargs)])[0]
+
+
+@highpass_filter.many("triton")
+def _highpass_filter_triton_many(calls: Sequence[Call]) -> list[Tensor]:
+    jobs, results = [], []
+    for args, kwargs in calls:
+        p = highpass_filter.signature.bind(*args, **kwargs)
+        p.apply_defaults()
+        x, cutoff, mask, ring_double, tf32, dtype, out = p.arguments.values()
+        result, plan = _checked(x, cutoff, mask, ring_double, dtype, out)
+        results.append(result)
+        if plan is None or not len(plan.columns):
+            result.copy_(x)
+            continue
+        # The subtraction reads x again when part of the result is written, so `out` may not be x in the middle of it.
+        dense = _dense(result, apart=result.data_ptr() == x.data_ptr())
+        jobs.append((_triton.kernel("highpass_filter", "Job")([x.contiguous()], dense, plan, tf32=tf32), result))
+    _launch(jobs)
+    return results
+
+
+def _dense(result: Tensor, *, apart: bool = False) -> Tensor:
+    """`result`, or where it is strided (or apart) a contiguous tensor like it."""
+    if result.is_contiguous() and not apart:
+        return result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device)
+
+
+def _launch(jobs: Sequence[tuple[Any, Tensor]]) -> None:
+    """Run (job, result) pairs; what a job filled instead of its result is copied there."""
+    _triton.kernel("highpass_filter", "highpass_filter_many")([job for job, _ in jobs])
+    for job, result in jobs:
+        if job.out is not result:
+            result.copy_(job.out)
+
+
+def fuses(base: Tensor | None, models: Sequence[Tensor]) -> bool:
+    """Whether :func:`fused_merge` runs for these tensors, where it has something to filter."""
+    return base is not None and _triton.why_not(base, *models) is None and highpass_filter.choose(base) == "triton"
 
 
 def fused_merge(
@@ -137,20 +170,33 @@ def fused_merge(
     """base + the filtered Σ wᵢ (modelᵢ − base), matrices [..., H, W], without storing the delta; None where Triton is
     not the backend of these tensors, or nothing is filtered: then it takes weighted_sum and highpass_filter.
 
+    Within ``Batch.deferring`` a call with a small `out` waits, as one of an operator does: matrices of a shape, mask and
+    dtypes are then filtered in the same launches, with the bits of each alone.
+
     Numerics, cost and errors are those of :func:`highpass_filter`'s Triton backend, with the models' reads in place of
     x's; the base is added in the compute dtype and the sum rounded once.
     """
-    if _triton.why_not(base, *models) is not None or highpass_filter.choose(base) != "triton":
+    if not fuses(base, models):
         return None
     require_like("highpass_filter", base, models)
     result, plan = _checked(base, cutoff, mask, ring_double, dtype, out)
     if plan is None or not len(plan.columns):
         return None
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device=result.device)
-    _triton.kernel("highpass_filter")(
-        [m.contiguous() for m in models], dense, plan, base=base.contiguous(), weights=list(weight), add_base=True
-    )
-    return dense if dense is result else result.copy_(dense)
+    call: Call = ((base, models, list(weight), plan), {"out": result})
+    if out is None or not deferred(_fused_many, *call):
+        _fused_many([call])
+    return result
+
+
+def _fused_many(calls: Sequence[Call]) -> list[Tensor]:
+    jobs = []
+    for (base, models, weight, plan), kwargs in calls:
+        job = _triton.kernel("highpass_filter", "Job")(
+            [m.contiguous() for m in models], _dense(kwargs["out"]), plan, base.contiguous(), weight, add_base=True
+        )
+        jobs.append((job, kwargs["out"]))
+    _launch(jobs)
+    return [result for _, result in jobs]
 
 
 def two_passes(

@@ -127,6 +127,31 @@ def test_small_tensors_share_slots_and_have_the_same_bytes_as_alone(tmp_path, mo
     assert same_files(tmp_path / "0", tmp_path / "40")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ["fr", "fr, select"])
+def test_small_matrices_are_filtered_in_shared_slots(tmp_path, monkeypatch, name, threads):
+    monkeypatch.setattr(budget_module, "CHUNK", 512)
+    recipe = write_case(tmp_path, CASES[name])
+    run(recipe, tmp_path / "cpu", device="cpu")
+    runs = {}
+    for small in (0, 512):  # all of them
+        monkeypatch.setattr(stage_module.Batch, "SMALL", small)
+        device = FakeDevice(uploads="early")
+        report = on(device, recipe, tmp_path / f"{small}", threads=threads)
+        assert not device.problems
+        assert not report.notes
+        runs[small] = sum(o.kind == "run" for o in device.log)
+        assert device.copied["down"] == sum(t.bytes_written for t in report.tensors if t.how == "merged")
+        assert same_files(tmp_path / "cpu", tmp_path / f"{small}")
+    assert runs[512] < runs[0] / 3
+    least = needed(recipe, tmp_path)
+    for i in (1, 3):
+        device = FakeDevice()
+        report = on(device, recipe, tmp_path / f"least{i}", max_vram=i * least, threads=threads)
+        assert device.peak <= i * least
+        assert same_files(tmp_path / "cpu", tmp_path / f"least{i}")
+
+
 def test_a_parcel_is_sent_when_it_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(budget_module, "CHUNK", 16)  # two norms
     recipe = write_case(tmp_path, CASES["task_arithmetic"])

@@ -143,14 +143,23 @@ def _() -> object:
 
 
 def _highpass(
-    which: str, height: int, width: int, cutoff: float, dtype: torch.dtype = torch.float32, models: int = 0
+    which: str,
+    height: int,
+    width: int,
+    cutoff: float,
+    dtype: torch.dtype = torch.float32,
+    models: int = 0,
+    many: int = 0,
 ) -> object:
-    """The filter of one matrix, or a whole merge of `models`."""
+    """The filter of one matrix, or a whole merge of `models`, or `many` of them in shared launches."""
     from fastmerge.ops._spectral_mask import spectral_mask
 
     x, out = tensors(2, dtype, height, width)
     merge = {"base": x, "weights": [0.5] * models, "add_base": True} if models else {}
     mask = spectral_mask(height, width, cutoff, "radial", False)
+    if many:
+        jobs = [_triton.kernel("highpass_filter", "Job")([x] * max(1, models), out, mask, **merge) for _ in range(many)]
+        return _triton.kernel("highpass_filter", "highpass_filter_many")(jobs, which=which)
     return _triton.kernel("highpass_filter")([x] * max(1, models), out, mask, which=which, **merge)
 
 
@@ -192,6 +201,31 @@ def _() -> object:
 @scenario("highpass_filter bf16, fft")
 def _() -> object:
     return _highpass("fft", 66, 130, 0.2, torch.bfloat16)
+
+
+@scenario("highpass_filter bf16, whole merges, pruned, many matrices")
+def _() -> object:
+    return _highpass("pruned", 144, 80, 0.2, torch.bfloat16, 3, many=3)
+
+
+@scenario("highpass_filter bf16, whole merges, one tile, many matrices")
+def _() -> object:
+    return _highpass("staged", 32, 32, 0.5, torch.bfloat16, 3, many=3)
+
+
+@scenario("highpass_filter bf16, whole merges, staged, many matrices")
+def _() -> object:
+    return _highpass("staged", 1024, 1024, 0.3, torch.bfloat16, 3, many=3)
+
+
+@scenario("highpass_filter bf16, whole merges, staged, long rows, many matrices")
+def _() -> object:
+    return _highpass("staged", 64, 4096, 0.3, torch.bfloat16, 3, many=2)
+
+
+@scenario("highpass_filter bf16, whole merges, fft, many matrices")
+def _() -> object:
+    return _highpass("fft", 64, 130, 0.2, torch.bfloat16, 3, many=3)
 
 
 @scenario("abs_sum bf16 deltas")

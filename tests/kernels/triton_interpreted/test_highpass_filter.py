@@ -167,7 +167,7 @@ def test_a_length_is_two_or_three_stages_or_none():
     }  # fmt: skip
 
 
-LAUNCHES = {"pruned": 2, "staged": 3, "fft": 3, "one tile": 1}
+LAUNCHES = {"pruned": 4, "staged": 3, "fft": 3, "one tile": 1}
 
 
 @pytest.mark.parametrize("which", LAUNCHES)
