@@ -25,7 +25,10 @@ def imported(reference: str, option: str) -> Any:
 
     place, _, name = reference.rpartition(":")
     if not place or not name:
-        raise BadInput(f"{option} {reference!r} is not MODULE:FUNCTION or FILE.py:FUNCTION")
+        raise BadInput(
+            f"{option} {reference!r} is not MODULE:FUNCTION or FILE.py:FUNCTION",
+            remedy="name the function after a colon",
+        )
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location("fastmerge_user_code", place)
@@ -37,7 +40,10 @@ def imported(reference: str, option: str) -> Any:
             module = importlib.import_module(place)
         make = getattr(module, name)
     except (ImportError, OSError, AttributeError) as error:
-        raise BadInput(f"{option} {reference!r} can not be imported ({error})") from error
+        raise BadInput(
+            f"{option} {reference!r} can not be imported ({error})",
+            remedy="check the path, and that python can import it",
+        ) from error
     return make()
 
 
@@ -73,7 +79,11 @@ def failing_politely(*, debug: bool, json: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except OSError as error:
-        named = FastmergeError(f"{error.strerror or error}", where=str(error.filename) if error.filename else None)
+        named = FastmergeError(
+            f"{error.strerror or error}",
+            where=str(error.filename) if error.filename else None,
+            remedy="check that the path exists, that you may use it, and that the disk is well",
+        )
         _tell(named, 2, debug=debug, json=json, cause=error)
         raise typer.Exit(2) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):

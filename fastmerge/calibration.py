@@ -36,7 +36,7 @@ def read_records(path: str | Path, kind: str, *, labelled: bool = True, limit: i
     """The records of a .jsonl or .parquet file, checked; raises BadInput naming the line and the key."""
     path = Path(path)
     if kind not in KINDS:
-        raise BadInput(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        raise BadInput(f"unknown kind {kind!r} of data", remedy=f"one of {', '.join(KINDS)}")
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         records = _json_lines(path)
     elif path.suffix == ".parquet":
@@ -46,7 +46,7 @@ def read_records(path: str | Path, kind: str, *, labelled: bool = True, limit: i
             f"{path.suffix!r} is not a known kind of data", where=str(path), remedy="give .jsonl or .parquet"
         )
     if not records:
-        raise BadInput("the file holds no records", where=str(path))
+        raise BadInput("the file holds no records", where=str(path), remedy="write one JSON object per line")
     for number, record in enumerate(records, 1):
         where = f"{path}, record {number}"
         needed = ["image"] if kind == "image" else ["text"]
@@ -73,14 +73,18 @@ def _json_lines(path: Path) -> list[Record]:
                     continue
                 record = json.loads(line)
                 if not isinstance(record, dict):
-                    raise BadInput("is not a JSON object", where=f"{path}:{number}")
+                    raise BadInput(
+                        "is not a JSON object", where=f"{path}:{number}", remedy='write {"text": …, "label": …}'
+                    )
                 records.append(record)
     except OSError as error:
-        raise BadInput(f"can not be read: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+        raise BadInput(f"can not be read: {error.strerror}", where=str(path), remedy="check the path") from error
+    except (ValueError, RecursionError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"is not valid JSON ({error})", where=f"{path}:{number}") from error
+        raise BadInput(
+            f"is not valid JSON ({error})", where=f"{path}:{number}", remedy="write one JSON object per line"
+        ) from error
     return records
 
 
@@ -92,7 +96,9 @@ def _parquet(path: Path) -> list[Record]:
     try:
         records: list[Record] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
-        raise BadInput(f"is not a readable parquet file ({error})", where=str(path)) from error
+        raise BadInput(
+            f"is not a readable parquet file ({error})", where=str(path), remedy="check or rewrite the file"
+        ) from error
     return records
 
 
@@ -167,7 +173,11 @@ def image_batches(records: Sequence[Record], processor: Any, *, batch: int, fold
                 with Image.open(folder / record["image"]) as image:
                     images.append(image.convert("RGB"))
             except OSError as error:
-                raise BadInput(f"the image can not be read ({error})", where=str(folder / record["image"])) from error
+                raise BadInput(
+                    f"the image can not be read ({error})",
+                    where=str(folder / record["image"]),
+                    remedy="image paths are relative to the folder of the records",
+                ) from error
         made = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
         if all("label" in r for r in part):
             made["labels"] = torch.tensor([r["label"] for r in part])
@@ -181,7 +191,9 @@ def parse_heads(given: Sequence[str] | None) -> dict[str, str] | None:
     for item in given or []:
         task, eq, folder = item.partition("=")
         if not eq or not task or not folder:
-            raise BadInput(f"head {item!r} is not TASK=FOLDER")
+            raise BadInput(
+                f"head {item!r} is not TASK=FOLDER", remedy="write the task's name, =, and the folder of its model"
+            )
         out[task] = folder
     return out or None
 

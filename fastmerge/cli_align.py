@@ -56,7 +56,7 @@ def _check_plot(plot: Path | None, data: Path | None, loss: str | None) -> None:
     if plot is None and (data is not None or loss is not None):
         raise BadInput("--data and --loss are for the picture of the loss", remedy="add --plot FILE")
     if data is not None and loss is not None:
-        raise BadInput("give either --data (with --kind) or --loss, not both")
+        raise BadInput("both --data and --loss are given", remedy="give either --data (with --kind) or --loss")
 
 
 def _loss(
@@ -149,7 +149,9 @@ def apply(
         found = Alignment.load(permutations)
         if not 0 <= index < len(found.perms):
             raise BadInput(
-                f"--index {index}: the file holds models 0 to {len(found.perms) - 1}", where=str(permutations)
+                f"there is no model {index} in the file",
+                where=str(permutations),
+                remedy=f"give --index from 0 to {len(found.perms) - 1}",
             )
         checkpoint, state = _read(model)
         moved = found.spec.permute_state(state, found.perms[index])

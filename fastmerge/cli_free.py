@@ -129,7 +129,7 @@ def route_train(
         from .errors import BadInput
 
         if kind not in ("vectors", "image", "tokens"):
-            raise BadInput(f"--kind is vectors, image or tokens, not {kind!r}")
+            raise BadInput(f"unknown --kind {kind!r}", remedy="one of vectors, image, tokens")
         data = _samples(samples)
         router = experts.train(data, kind=kind, epochs=epochs, seed=seed)  # type: ignore[arg-type]
         router.save(out)

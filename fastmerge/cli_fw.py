@@ -101,7 +101,9 @@ def fw(
         of_data = ("loss", "head", "limit", "reduction", "train_mode", "amp", "checkpointing")
         for name in of_data if gradient is not None else ():
             if given[name]:
-                raise BadInput(f"--{name.replace('_', '-')} is for --data; a --gradient is used as it is")
+                raise BadInput(
+                    f"--{name.replace('_', '-')} is for --data; a --gradient is used as it is", remedy="leave it out"
+                )
         common = (
             "preset",
             "iterations",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +16,7 @@ from .device import Fleet, Stage
 from .device.choose import parse
 from .engine import run
 from .errors import BadInput
-from .io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
+from .io.checkpoint import Checkpoint, from_state_dict, listed, open_checkpoint
 from .io.pipeline import Pool, opened
 from .job import Job
 from .methods import Method
@@ -30,19 +29,6 @@ Model = str | Path | Mapping[str, Tensor] | nn.Module
 
 def _is_path(model: Model) -> bool:
     return isinstance(model, (str, Path))
-
-
-def _listed(models: Any) -> list[Model]:
-    """`models` as a list; raises BadInput for one model, which iterating would take apart."""
-    one = isinstance(models, (str, os.PathLike, Mapping, Tensor)) or (
-        isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
-    )
-    if one or not isinstance(models, Iterable):
-        raise BadInput(
-            f"models is a {type(models).__name__}, not a list",
-            remedy="pass a list of models, each a state_dict, an nn.Module or the path of a checkpoint: [a, b]",
-        )
-    return list(models)
 
 
 def _checkpoint(model: Model, label: str, allow_pickle: bool) -> Checkpoint:
@@ -111,7 +97,7 @@ def merge(
     Raises: BadInput, naming tensor and model.
     Cost: in memory, the output plus the method's workspace; every input is read once per pass.
     """
-    models = _listed(models)
+    models = listed(models)
     everything = [*([] if base is None else [base]), *models]
     if not models:
         raise BadInput("models is empty", remedy="give at least one model")

@@ -15,6 +15,7 @@ from . import ops
 from .errors import BadInput
 from .experts.collect import task_names
 from .experts.extract import fr_rule, open_model, streams
+from .io.checkpoint import listed
 from .io.pipeline import opened
 from .ops._spectral_mask import spectral_mask
 
@@ -57,7 +58,8 @@ def spectrum(
     Raises: BadInput when no tensor is selected, models do not fit the base, or parameters are unknown.
     """
     if bands < 1:
-        raise BadInput(f"bands must be at least 1, not {bands}")
+        raise BadInput(f"bands must be at least 1, not {bands}", remedy="give the number of radial bands, e.g. 48")
+    models = listed(models)
     rule, _ = fr_rule(fr, len(models))
     names = task_names(tasks, [str(m) if isinstance(m, (str, Path)) else None for m in models])
     origin = open_model(base, "base", allow_pickle)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _native
 from ..errors import BadInput
-from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
+from ..io.checkpoint import Checkpoint, from_state_dict, listed, open_checkpoint
 from ..io.files import Files
 from ..io.pipeline import Pool, Source, Stream, opened
 from ..methods._fr_rules import Rule, resolve
@@ -67,6 +67,7 @@ def extract(
     Raises: BadInput for tensors that differ in name or shape, a density outside (0, 1], or unknown parameters.
     Source: FREE-Merging (arXiv:2411.16815), eq. 7-8.
     """
+    models = listed(models)
     own = {"density": density, "trim": trim, "by": by, "mu": mu, "constant": constant, "combine": combine}
     values = method_parameters("free", {**own, "experts": experts, **parameters}, len(models))
     check_parameters(values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..io.checkpoint import listed
 from ..merging import merge
 from ..report import Report
 from .extract import Model, extract, method_parameters
@@ -76,6 +77,7 @@ def free(
     Raises: BadInput, naming tensor and model.
     Cost: fr's merge and one more read of every tensor.
     """
+    models = listed(models)
     if out is not None:
         more = {} if tasks is None else {"tasks": list(tasks)}
         report: Report = merge(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BadInput
 from .safetensors import Entry, read_header
@@ -95,6 +95,19 @@ class Checkpoint:
         if not isinstance(loaded, dict):
             raise BadInput("config.json is not a JSON object", where=str(file), remedy=remedy)
         return loaded
+
+
+def listed(models: Any) -> list[Any]:
+    """`models` as a list; raises BadInput for one model, which iterating would take apart."""
+    one = isinstance(models, (str, os.PathLike, Mapping, Tensor)) or (
+        isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    )
+    if one or not isinstance(models, Iterable):
+        raise BadInput(
+            f"models is a {type(models).__name__}, not a list",
+            remedy="pass a list of models, each a state_dict, an nn.Module or the path of a checkpoint: [a, b]",
+        )
+    return list(models)
 
 
 def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any] | None = None) -> Checkpoint:
@@ -276,6 +289,16 @@ def _from_hub(reference: str, allow_pickle: bool) -> Path:
         ) from error
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise BadInput(
+            f"there is no folder or file {str(path)!r}: {error.strerror}",
+            remedy="check the path and the permissions of the folders on it",
+        ) from error
+
+
 def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder, a single file or a hub id (``org/name[@revision]``, or ``gpt2``); headers only.
 
@@ -284,7 +307,7 @@ def open_checkpoint(reference: str | Path, *, allow_pickle: bool = False) -> Che
     """
     label = str(reference)
     path = Path(reference).expanduser()
-    if not path.exists():
+    if not _exists(path):
         if path.is_symlink():
             raise BadInput(
                 f"the link {label!r} points to {os.readlink(path)!r}, which does not exist",

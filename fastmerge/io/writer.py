@@ -125,6 +125,12 @@ def check_target(out: Path, layout_bytes: int, *, force: bool, resume: bool, inp
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise BadInput(f"{parent} is a file, not a folder", where=str(out), remedy="give another output folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"nothing may be written to {parent}", where=str(out), remedy="change its permissions, or write elsewhere"
+        )
     held = sum(f.stat().st_blocks * 512 for f in work.glob("*")) if work.exists() else 0
     free = shutil.disk_usage(parent).free + held
     if layout_bytes > free:

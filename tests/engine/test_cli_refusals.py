@@ -178,12 +178,22 @@ def test_ctrl_c_before_anything_happened(models, monkeypatch):
     assert call("merge", write(models), models / "out").exit_code == 3
 
 
+def test_an_output_below_a_file_or_where_nothing_may_be_written(models, monkeypatch):
+    recipe = write(models)
+    (models / "file").write_text("mine")
+    for out in (models / "file" / "out", models / "file" / "more" / "out"):
+        refused(call("merge", recipe, out, "--dry-run"), f"{models / 'file'} is a file, not a folder", "what to do:")
+    monkeypatch.setattr("fastmerge.io.writer.os.access", lambda path, mode: mode != 3)  # root may write everywhere
+    refused(call("merge", recipe, models / "out"), f"nothing may be written to {models}", "what to do:")
+    assert not (models / "out").exists()
+
+
 def test_files_that_may_not_be_written(models, monkeypatch):
     def run(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/somewhere/out")
 
     monkeypatch.setattr("fastmerge.engine.run", run)
-    refused(call("merge", write(models), models / "out"), "Permission denied", "/somewhere/out")
+    refused(call("merge", write(models), models / "out"), "Permission denied", "/somewhere/out", "what to do:")
 
 
 @pytest.mark.parametrize("size", ["", "4X", "-1G", "G", "1e9"])

@@ -14,12 +14,14 @@ import yaml
 from checkpoints import load, near, save, tiny_state
 from checks import assert_same_bits
 
+import fastmerge as fm
 from fastmerge.engine import run
 from fastmerge.errors import BadInput, Interrupted
 from fastmerge.io import pipeline
 from fastmerge.io.writer import work_folder
 from fastmerge.merging import merge
 from fastmerge.recipe import Recipe
+from fastmerge.spectrum import spectrum
 
 
 @pytest.fixture
@@ -410,6 +412,11 @@ def test_bad_calls_are_named():
     for one, kind in (("base", "str"), (state, "dict"), (torch.nn.Linear(2, 2), "Linear"), (3, "int")):
         with pytest.raises(BadInput, match=f"models is a {kind}, not a list"):
             merge("linear", None, one, weight=1.0)
+        for takes_models in (fm.free, fm.experts.extract, spectrum):
+            with pytest.raises(BadInput, match=f"models is a {kind}, not a list"):
+                takes_models(state, one)
+    merge("linear", None, {"a": state}.values(), weight=1.0)
+    merge("linear", None, torch.nn.ModuleList([torch.nn.Linear(2, 2)]), weight=1.0)
     with pytest.raises(BadInput, match=r'go on with nan="warn"'):
         merge("linear", None, [{"x": torch.tensor(float("nan"))}], weight=1.0)
     with pytest.raises(BadInput, match="models is empty"):

@@ -41,7 +41,7 @@ def test_records_are_read_from_json_lines_and_parquet(tmp_path):
         ("x.jsonl", '{"text": "a"}', "text", "lacks a numeric 'label'"),
         ("x.jsonl", '{"prompt": "a"}', "lm", "lacks 'response'"),
         ("x.jsonl", '{"text": "a"}', "image", "lacks 'image'"),
-        ("x.jsonl", '{"text": "a"}', "sound", "kind must be"),
+        ("x.jsonl", '{"text": "a"}', "sound", "unknown kind 'sound'"),
         ("x.parquet", "no", "text", "not a readable parquet"),
     ],
 )
