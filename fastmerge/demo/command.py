@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .. import methods as registry
 from ..errors import BadInput
 from ..report import Clock
-from .chart import save_chart
+from .chart import check_matplotlib, save_chart, save_geometry
 from .family import prepare
 from .measure import machine
 from .own import merge_own
@@ -87,7 +87,7 @@ def main(
     names = _chosen(methods, registry.names() if models else row_names())
     if folder.exists() and not folder.is_dir():
         raise BadInput("the output is a file", where=str(folder), remedy="name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_matplotlib()
     result = _own(console, models, names, folder) if models else _family(console, quick, cache, names, folder)
     result["machine"], result["threads"] = machine(), torch.get_num_threads()
     result["seconds"]["all"] = round(clock.wall(), 1)
@@ -108,9 +108,13 @@ def _dumps(result: dict[str, Any]) -> str:
 
 def _own(console: Console, models: Sequence[str | os.PathLike[str]], names: list[str], folder: Path) -> dict[str, Any]:
     report = merge_own([Path(m) for m in models], names, folder, lambda what: console.print(f"  {what}"))
+    folder.mkdir(parents=True, exist_ok=True)
     console.print(geometry_table(report))
     _print_left_out(console, report.left_out)
-    return {**report.to_dict(), "seconds": {}}
+    chart = folder / "demo.png"
+    save_geometry(chart, report, f"{len(report.labels)} models and their merges, as seen from {Path(models[0]).name}")
+    console.print(f"chart: {chart}", highlight=False)
+    return {**report.to_dict(), "chart": str(chart), "seconds": {}}
 
 
 def _family(
@@ -121,6 +125,7 @@ def _family(
     with _shown(console) as tell:
         family = prepare(quick, cache, tell)
     prepared, clock = clock.wall(), Clock()
+    folder.mkdir(parents=True, exist_ok=True)
     console.print(f"  {family.base_dir.parent}: {prepared:.1f} s", highlight=False)
     console.print(f"merging by {len(names)} methods", highlight=False)
     budget = QUICK if quick else FULL

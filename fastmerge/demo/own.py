@@ -14,7 +14,9 @@ from ..engine import run
 from ..errors import BadInput
 from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..io.pipeline import Source, opened
+from ..job import Job
 from ..methods import Method, get
+from ..preflight import raise_all
 from ..recipe import Recipe
 from .measure import Cost, measured
 from .rows import keywords
@@ -44,6 +46,36 @@ class OwnReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def open_all(paths: Sequence[Path]) -> list[Checkpoint]:
+    """The base and its models, opened and compared once for all methods, before anything is made of them.
+
+    Raises BadInput for everything at once that headers show (files, names, shapes, kinds of dtype) and for integer
+    buffers that differ; then for the first NaN or Inf, on which every merge would stop.
+    """
+    checkpoints: list[Checkpoint] = []
+    problems: list[BadInput] = []
+    for path in paths:
+        try:
+            checkpoints.append(open_checkpoint(path))
+        except BadInput as error:
+            problems.append(error)
+    raise_all(problems, "the models")
+    base, *models = checkpoints
+    recipe = Recipe.from_call("task_arithmetic", str(paths[0]), [str(p) for p in paths[1:]], {"weight": 1.0})
+    with opened(1) as (pool, files), torch.no_grad():
+        job = Job(recipe, recipe.method, base, base, models, pool, files)
+        for t in job.planned:
+            for source in () if t.copied or t.base is None else (t.base, *t.models):
+                for begin in range(0, t.numel, CHUNK):
+                    if not source.read(begin, min(begin + CHUNK, t.numel), pool.buffers, "look").isfinite().all():
+                        raise BadInput(
+                            f"tensor {t.name!r} has NaN or Inf",
+                            where=source.checkpoint.label,
+                            remedy="repair the model, or merge it by a recipe with --nan warn",
+                        )
+    return checkpoints
 
 
 def gram(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[torch.Tensor, float]:
@@ -78,7 +110,8 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
     """Merge paths[1:] onto paths[0] by every method called for, into out/<method>, and compare where they lie.
 
     Nothing is known that could choose parameters: they are the methods' defaults, weights 1/n, and the middle of the
-    demo's grid where there is no default. Raises BadInput as the engine does when no method can merge them.
+    demo's grid where there is no default. Raises BadInput, before `out` is made, for models that do not fit together, and
+    as the engine does when no method can merge them.
     """
     if len(paths) < 3:
         raise BadInput(
@@ -86,6 +119,7 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
             remedy="give the base first, then two or more models fine-tuned from it",
         )
     base, *models = (Path(p) for p in paths)
+    origin, *inputs = open_all([base, *models])
     made: list[Line] = []
     left_out: dict[str, str] = {}
     failed: list[BadInput] = []
@@ -105,15 +139,13 @@ def merge_own(paths: Sequence[str | Path], names: Sequence[str], out: Path, tell
                 run(recipe, out / name, force=True)
         except BadInput as error:  # a method may not fit these networks (mudsc knows some architectures); others do
             failed.append(error)
-            left_out[name] = str(error)
+            left_out[name] = error.message
             continue
         made.append(Line(name, "merge", 0.0, 0.0, {}, parameters, cost))
     if failed and not made:
         raise failed[0]
     tell("comparison")
-    products, square = gram(
-        open_checkpoint(base), [open_checkpoint(p) for p in (*models, *(out / line.name for line in made))]
-    )
+    products, square = gram(origin, [*inputs, *(open_checkpoint(out / line.name) for line in made)])
     labels = _labels(models)
     lines = [Line(label, "input", 0.0, 0.0, {}) for label in labels] + made
     norms = products.diagonal().clamp(min=0).sqrt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -25,7 +25,10 @@ def _size(nbytes: int | None) -> str:
 
 
 def _parameters(row: Row) -> str:
-    shown = {k: v for k, v in row.parameters.items() if not (k == "weight" and v == 1.0)}
+    return _listed({k: v for k, v in row.parameters.items() if not (k == "weight" and v == 1.0)})
+
+
+def _listed(shown: Mapping[str, Any]) -> str:
     return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
 
 
@@ -90,7 +93,7 @@ def geometry_table(report: OwnReport) -> Table:
         cells: Mapping[str, float | None] = line.cosines
         table.add_row(
             line.name,
-            " ".join(f"{k}={v}" for k, v in line.parameters.items()),
+            _listed(line.parameters),
             f"{line.norm:.4g}",
             f"{line.relative:.3g}",
             *("" if cells[label] is None else f"{cells[label]:.3f}" for label in report.labels),

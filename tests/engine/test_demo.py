@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,7 @@ def test_own_models_are_told_apart_by_where_they_lie(family: demo.DemoFamily, tm
     cosine = torch.cosine_similarity(merged, pens - base, 0)
     assert lines["linear"]["cosines"]["pens"] == pytest.approx(float(cosine), abs=1e-4)
     assert lines["scans"]["cosines"]["scans"] == pytest.approx(1.0)
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_own_models_that_one_method_does_not_know_are_merged_by_the_others(tmp_path: Path) -> None:
@@ -248,7 +250,48 @@ def test_own_models_that_one_method_does_not_know_are_merged_by_the_others(tmp_p
     assert [line["name"] for line in result["lines"]] == ["a", "b", "linear"]
     assert "no shipped architecture" in result["left_out"]["mudsc"]
     with pytest.raises(BadInput, match="no shipped architecture"):
-        demo.main(models=dirs, out=tmp_path / "out", methods=["mudsc"])
+        demo.main(models=dirs, out=tmp_path / "none", methods=["mudsc"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_own_models_are_charted_by_every_method(tmp_path: Path) -> None:
+    base = tiny_state()
+    dirs = [save(tmp_path / "base", base), *(save(tmp_path / n, near(base, i)) for i, n in enumerate("ab", 1))]
+    result = demo.main(models=dirs, out=tmp_path / "out")
+    assert {"linear", "ties", "sce", "nuslerp", "fr"} < {line["name"] for line in result["lines"]}
+    assert result["chart"] == str(tmp_path / "out" / "demo.png")
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["chart"] == result["chart"]
+
+
+def test_own_models_that_do_not_fit_are_refused_once_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_state()
+    other, lacking, bad = near(base, 1), near(base, 2), near(base, 3)
+    other["model.norm.weight"] = torch.ones(9)
+    del lacking["model.embed_tokens.weight"]
+    bad["model.layers.2.mlp.up_proj.weight"][1, 2] = float("inf")
+    made = {"base": base, "good": near(base, 4), "other": other, "lacking": lacking, "bad": bad}
+    paths = {name: save(tmp_path / name, state) for name, state in made.items()}
+    for names, says in (
+        (("other",), r"'model\.norm\.weight' has shape \[9\], .*base has \[8\]"),
+        (("lacking",), r"(?s)model\.embed_tokens\.weight.*lacking"),
+        (("bad",), r"(?s)'model\.layers\.2\.mlp\.up_proj\.weight' has NaN or Inf.*where: .*bad"),
+        (("nowhere", "neither"), r"(?s)2 problems with the models.*nowhere.*neither"),
+    ):
+        wrong = [paths.get(name, tmp_path / name) for name in names]
+        with pytest.raises(BadInput, match=says):
+            demo.main(models=[paths["base"], paths["good"], *wrong], out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert capsys.readouterr().out == "", "no method was tried"
+
+
+def test_a_chart_that_can_not_be_drawn_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BadInput, match=r"(?s)needs matplotlib.*fastmerge\[demo\]"):
+        demo.main(quick=True, out=tmp_path / "out", cache=tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_requests_are_refused(family: demo.DemoFamily, tmp_path: Path) -> None:
