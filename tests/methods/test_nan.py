@@ -4,8 +4,10 @@ import pytest
 import torch
 from checkpoints import load, save
 from checks import assert_same_bits
+from fake_device import FakeDevice
 
 import fastmerge as fm
+from fastmerge.device import use_devices
 from fastmerge.errors import BadInput
 from fastmerge.methods import REQUIRED, get, names
 
@@ -99,6 +101,22 @@ def test_a_merge_that_warns_finishes_and_other_tensors_do_not_change(name, optio
         assert lost.all()
     elif name in ("linear", "task_arithmetic", "passthrough", "ties"):
         assert lost.nonzero().tolist() == [list(AT)]
+
+
+@pytest.mark.parametrize("name", ["sce", "slerp"])
+def test_a_device_gives_the_same(name, states, folders, tmp_path):
+    count, _, given = arguments(name, VARIANTS[name][0])
+    spoilt = str(save(tmp_path / "bad", spoiled(states[1], float("nan"))))
+    recipe = fm.Recipe.from_call(name, folders[0], [spoilt, *folders[2 : 1 + count]], given)
+    fm.run(recipe, tmp_path / "cpu", device="cpu", nan="warn")
+    device = FakeDevice()
+    with use_devices([device]):
+        fm.run(recipe, tmp_path / "gpu", device="cuda", nan="warn")
+    assert device.problems == []
+    want, got = load(tmp_path / "cpu"), load(tmp_path / "gpu")
+    for n in SHAPES:
+        assert_same_bits(got[n], want[n], n)
+    assert got[BAD].isnan().all()
 
 
 def test_a_row_or_a_column_is_lost_where_lines_are_merged(states):
