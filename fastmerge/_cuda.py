@@ -100,6 +100,8 @@ def why_not(*tensors: Tensor, dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> s
             return f"dtype {t.dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
         if t.layout != torch.strided:
             return f"layout {t.layout} is not strided"
+        if t.is_neg():
+            return _native.NEGATED
     if not tensors:
         return "there is no tensor"
     found, reasons = executor(tensors[0].device)

@@ -22,6 +22,10 @@ import torch
 
 # Mirrors enum Dtype in csrc/common/dtype.h.
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Kernels read memory, which holds the other sign then.
+NEGATED = (
+    "a tensor is negated lazily by torch: its memory holds the values before that (x.resolve_neg() makes it dense)"
+)
 
 
 @functools.cache
@@ -155,4 +159,6 @@ def cpu_why_not(*tensors: torch.Tensor) -> str | None:
             return f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
         if t.layout != torch.strided:
             return f"layout {t.layout} is not strided"
+        if t.is_neg():
+            return NEGATED
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._native import DTYPES
+from ._native import DTYPES, NEGATED
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 conversions in hardware
 
@@ -65,6 +65,8 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
             return f"dtype {t.dtype} is not one of float32, float64, float16, bfloat16"
         if t is not None and t.layout != torch.strided:
             return f"layout {t.layout} is not strided"
+        if t is not None and t.is_neg():
+            return NEGATED
     return None
 
 

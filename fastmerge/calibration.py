@@ -124,7 +124,7 @@ def text_batches(records: Sequence[Record], tokenizer: Any, *, batch: int, max_l
             )
         )  # fmt: skip
         if all("label" in r for r in part):
-            made["labels"] = torch.tensor([r["label"] for r in part])
+            made["labels"] = torch.tensor([r["label"] for r in part], device="cpu")
         out.append(made)
     return out
 
@@ -147,13 +147,13 @@ def lm_batches(records: Sequence[Record], tokenizer: Any, *, batch: int, max_len
     for at in range(0, len(rows), batch):
         part = rows[at : at + batch]
         width = max(len(t) for t, _ in part)
-        ids = torch.full((len(part), width), pad)
-        mask = torch.zeros(len(part), width, dtype=torch.long)
-        labels = torch.full((len(part), width), -100)
+        ids = torch.full((len(part), width), pad, device="cpu")
+        mask = torch.zeros(len(part), width, dtype=torch.long, device="cpu")
+        labels = torch.full((len(part), width), -100, device="cpu")
         for i, (tokens, skip) in enumerate(part):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
+            ids[i, : len(tokens)] = torch.tensor(tokens, device="cpu")
             mask[i, : len(tokens)] = 1
-            labels[i, skip : len(tokens)] = torch.tensor(tokens[skip:])
+            labels[i, skip : len(tokens)] = torch.tensor(tokens[skip:], device="cpu")
         out.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return out
 
@@ -180,7 +180,7 @@ def image_batches(records: Sequence[Record], processor: Any, *, batch: int, fold
                 ) from error
         made = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
         if all("label" in r for r in part):
-            made["labels"] = torch.tensor([r["label"] for r in part])
+            made["labels"] = torch.tensor([r["label"] for r in part], device="cpu")
         out.append(made)
     return out
 

@@ -187,7 +187,7 @@ def _bytes(source: Source, begin: int, end: int) -> torch.Tensor:
     if source.tensor is not None:
         return source.tensor.reshape(-1)[begin:end].contiguous().view(torch.uint8)
     assert source.entry is not None
-    into = torch.empty(end - begin, dtype=source.dtype)
+    into = torch.empty(end - begin, dtype=source.dtype, device="cpu")
     source.files.load([(source.entry, begin, end, into)])
     return into.view(torch.uint8)
 

@@ -65,10 +65,10 @@ def spectrum(
     origin = open_model(base, "base", allow_pickle)
     others = [open_model(m, str(n), allow_pickle) for m, n in zip(models, names, strict=True)]
     pairs = [(i, j) for i in range(len(models)) for j in range(i + 1, len(models))]
-    energy = torch.zeros(len(models), bands, dtype=torch.float64)
-    cross = torch.zeros(len(pairs), bands, dtype=torch.float64)
-    count = torch.zeros(bands, dtype=torch.float64)
-    moments = torch.zeros(len(models), 2, dtype=torch.float64)
+    energy = torch.zeros(len(models), bands, dtype=torch.float64, device="cpu")
+    cross = torch.zeros(len(pairs), bands, dtype=torch.float64, device="cpu")
+    count = torch.zeros(bands, dtype=torch.float64, device="cpu")
+    moments = torch.zeros(len(models), 2, dtype=torch.float64, device="cpu")
     removed: dict[str, dict[str, float]] = {}
     with opened(1) as (pool, files), torch.no_grad():
         for stream in streams(origin, others, pool, files):
@@ -77,12 +77,12 @@ def spectrum(
             start, tensors = stream.whole()
             assert start is not None
             height, width = stream.shape
-            fy = 2 * torch.fft.fftfreq(height, dtype=torch.float64)
-            fx = 2 * torch.fft.rfftfreq(width, dtype=torch.float64)
+            fy = 2 * torch.fft.fftfreq(height, dtype=torch.float64, device="cpu")
+            fx = 2 * torch.fft.rfftfreq(width, dtype=torch.float64, device="cpu")
             radius = torch.sqrt(fy[:, None] ** 2 + fx[None] ** 2)
             band = (radius * (bands / 2**0.5)).long().clamp_max(bands - 1).view(-1)
             # A half spectrum stands for the whole: its inner columns count twice.
-            twice = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
+            twice = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device="cpu")
             twice[0] = 1.0
             if width % 2 == 0:
                 twice[-1] = 1.0
@@ -113,7 +113,7 @@ def spectrum(
     scale = torch.stack([(energy[i] * energy[j]).sqrt() for i, j in pairs]) if pairs else cross
     cosine = torch.where(scale > 0, cross / scale.clamp_min(1e-300), 0.0)
     return Spectrum(
-        frequency=((torch.arange(bands) + 0.5) * (2**0.5 / bands)).tolist(),
+        frequency=((torch.arange(bands, device="cpu") + 0.5) * (2**0.5 / bands)).tolist(),
         amplitude={n: amplitude[i].tolist() for i, n in enumerate(names)},
         variance={n: float(variance[i]) for i, n in enumerate(names)},
         interference={f"{names[i]}, {names[j]}": cosine[p].tolist() for p, (i, j) in enumerate(pairs)},

@@ -115,7 +115,7 @@ class Collection:
         rows = _by_rows(stream.shape, p)
         choose = _chooser(stream, rows)
         pieces: list[list[_Piece]] = [[] for _ in self.tasks]
-        blocks = torch.zeros(2, stream.count, -(-stream.numel // BLOCK), dtype=torch.float64)
+        blocks = torch.zeros(2, stream.count, -(-stream.numel // BLOCK), dtype=torch.float64, device="cpu")
         lock = threading.Lock()
 
         def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:

@@ -147,8 +147,8 @@ def train(
         lengths = ", ".join(f"{t}: {f.shape[1]}" for t, f in zip(samples, feats, strict=True))
         raise BadInput(f"tasks have different numbers of features ({lengths})", remedy="use inputs of one layout")
     x = torch.cat(feats)
-    y = torch.cat([torch.full((len(f),), i) for i, f in enumerate(feats)])
-    with torch.random.fork_rng(devices=[]):
+    y = torch.cat([torch.full((len(f),), i, device=x.device) for i, f in enumerate(feats)])
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []), x.device:
         torch.manual_seed(seed)
         router = Router(list(samples), kind, x.shape[1], hidden)
         deviation = x.std(0, correction=0)
@@ -162,7 +162,7 @@ def train(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
         with torch.enable_grad():
             for _ in range(epochs):
-                order = torch.randperm(len(x))
+                order = torch.randperm(len(x), device="cpu")
                 for begin in range(0, len(x), batch):
                     part = order[begin : begin + batch]
                     optimiser.zero_grad()

@@ -85,7 +85,7 @@ class FreeModel(nn.Module):
                 f"the router picks {unknown[0]!r}, for which there is no expert",
                 remedy=f"experts: {', '.join(self.tasks)}",
             )
-        return torch.tensor([self.tasks.index(t) for t in names], dtype=torch.long)
+        return torch.tensor([self.tasks.index(t) for t in names], dtype=torch.long, device="cpu")
 
     def _find_targets(self) -> dict[str, Tensor]:
         """Parameters and buffers by name; every expert must fit them."""
@@ -196,7 +196,7 @@ class FreeModel(nn.Module):
         if tasks is None:
             tasks = self.route(*args, **kwargs)
         choice = (
-            torch.tensor([self.tasks.index(t) for t in tasks], dtype=torch.long)
+            torch.tensor([self.tasks.index(t) for t in tasks], dtype=torch.long, device="cpu")
             if not isinstance(tasks, Tensor)
             else tasks.cpu()
         )
@@ -254,7 +254,7 @@ def _join(parts: Sequence[Any], picked: Sequence[Tensor], size: int) -> Any:
     first = parts[0]
     if len(parts) == 1 and (not isinstance(first, Tensor) or first.shape[:1] == (size,)):
         order = torch.argsort(picked[0])
-        return first if bool((order == torch.arange(size)).all()) else _split(first, order, size)
+        return first if bool((order == torch.arange(size, device="cpu")).all()) else _split(first, order, size)
     if isinstance(first, Tensor):
         if any(p.shape[1:] != first.shape[1:] for p in parts) or sum(p.shape[0] for p in parts if p.ndim) != size:
             shapes = ", ".join(str(tuple(p.shape)) for p in parts)

@@ -51,7 +51,7 @@ class Sparse:
     def dense(self) -> Tensor:
         """mu · value in a float32 (float64 for float64 values) tensor of the parameter's shape."""
         wide = torch.float64 if self.value.dtype == torch.float64 else torch.float32
-        out = torch.zeros(self.numel, dtype=wide)
+        out = torch.zeros(self.numel, dtype=wide, device="cpu")
         out[self.index.long()] = self.value.to(wide) * self.mu
         return out.view(self.shape)
 
@@ -165,7 +165,9 @@ def load(path: str | Path) -> Expert:
         shape = tuple(about["shape"])
         coding = next((c for c in ("gap8", "gap16", "bits") if f"{name}.{c}" in tensors), None)
         if coding is None:
-            out[name] = Sparse(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0), float(about["mu"]))
+            out[name] = Sparse(
+                shape, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu"), float(about["mu"])
+            )
             continue
         numel = int(np.prod(shape, dtype=np.int64))
         index = decode(coding, tensors[f"{name}.{coding}"].numpy(), numel)

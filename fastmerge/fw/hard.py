@@ -250,7 +250,7 @@ class Norms:
         """Keep the norms of a pass, and complete the pass with those known before."""
         unknown = torch.full_like(products.squares[:, 0], float("nan"))
         before = torch.stack([self.known.get(n, unknown) for n in products.names], dim=1)
-        products.squares = torch.where(torch.tensor(list(computed))[:, None], products.squares, before)
+        products.squares = torch.where(torch.tensor(list(computed), device="cpu")[:, None], products.squares, before)
         self.known.update(zip(products.names, products.squares.unbind(1), strict=True))
         if any(computed) and self.cache is not None:
             names = list(self.known)

@@ -112,10 +112,10 @@ class Inner:
         counted = {n: problem.parts[n].numel for n in picks if n in gradients and problem.layout.counts(n)}
         problem.pool.each(counted, add)
         row = {n: i for i, n in enumerate(picks)}
-        out = torch.zeros(len(picks), 2, dtype=torch.float64)
+        out = torch.zeros(len(picks), 2, dtype=torch.float64, device="cpu")
         for name, begin in sorted(found):  # in a fixed order, whatever the threads did
             out[row[name]] += found[name, begin][0]
-        return problem.layout.reduce(out) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        return problem.layout.reduce(out) * torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 def only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:

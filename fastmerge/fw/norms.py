@@ -38,7 +38,7 @@ class NormCache:
 
     def load(self, candidates: Sequence[Candidate], names: Sequence[str]) -> Tensor:
         """[K, L] float64, NaN where nothing is known."""
-        out = torch.full((len(candidates), len(names)), float("nan"), dtype=torch.float64)
+        out = torch.full((len(candidates), len(names)), float("nan"), dtype=torch.float64, device="cpu")
         for k, candidate in enumerate(candidates):
             file = self._file(candidate)
             if file is None:

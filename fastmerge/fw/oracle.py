@@ -140,8 +140,8 @@ class Pool:
         count = len(rows)
         out = Products(
             names,
-            *(torch.full((count, len(names)), float("nan"), dtype=torch.float64) for _ in range(2)),
-            *(torch.zeros(len(names), dtype=torch.float64) for _ in range(2)),
+            *(torch.full((count, len(names)), float("nan"), dtype=torch.float64, device="cpu") for _ in range(2)),
+            *(torch.zeros(len(names), dtype=torch.float64, device="cpu") for _ in range(2)),
         )
         done = set() if relative else self._straight(out, gradients, point, norms, rows)
         # Tensors in order of size, the largest first, so that threads end together; a tensor too large for that is cut
@@ -253,7 +253,7 @@ class Pool:
     ) -> None:
         k = len(members)
         wanted = [*(norms[r] for r in members), False]
-        totals = torch.zeros(len(batch), 2 * k + 3, dtype=torch.float64)
+        totals = torch.zeros(len(batch), 2 * k + 3, dtype=torch.float64, device="cpu")
         # Calls of at most CALL elements: a large tensor takes several, small ones share one.
         call: list[tuple[int, int, int]] = []
 
@@ -288,7 +288,7 @@ class Pool:
                 call.append((b, begin, end))
                 held += end - begin
         run()
-        where = torch.tensor([i for i, _, _ in batch])
+        where = torch.tensor([i for i, _, _ in batch], device="cpu")
         out.point[where], out.gradient[where] = totals[:, k], totals[:, -1]
         for column, r in enumerate(members):
             out.dots[r, where] = totals[:, column]

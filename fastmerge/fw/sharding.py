@@ -95,11 +95,11 @@ class _Sharded(Layout):
         return moved.to(values.device)
 
     def average(self, loss: float) -> float:
-        total = self.reduce(torch.tensor([loss, 1.0], dtype=torch.float64))
+        total = self.reduce(torch.tensor([loss, 1.0], dtype=torch.float64, device="cpu"))
         return float(total[0] / total[1])
 
     def agree(self, failure: BadInput | None) -> None:
-        failed = self.reduce(torch.tensor([float(failure is not None)], dtype=torch.float64))
+        failed = self.reduce(torch.tensor([float(failure is not None)], dtype=torch.float64, device="cpu"))
         if failure is not None:
             raise failure
         if float(failed) > 0:
@@ -108,7 +108,7 @@ class _Sharded(Layout):
     def reduce_products(self, p: Products, names: list[str]) -> Products:
         k = p.dots.shape[0]
         where = {n: i for i, n in enumerate(names)}
-        rows = torch.zeros(2 * k + 3, len(names), dtype=torch.float64)
+        rows = torch.zeros(2 * k + 3, len(names), dtype=torch.float64, device="cpu")
         for i, name in enumerate(p.names):
             j = where[name]
             rows[-1, j] = 1.0  # this process has a gradient of it

@@ -138,7 +138,7 @@ def frank_wolfe_soft(
                 count = len(next(iter(picks.values())))
                 first = _start(start, constraint, count, t)
                 columns = len(picks) if per == "layer" else 1
-                w = torch.full((count, columns), first, dtype=torch.float64)
+                w = torch.full((count, columns), first, dtype=torch.float64, device="cpu")
                 objective = _Trial(problem, picks, loss_known, per)
                 known = None
                 if first == 0 and selection == "score" and loss_known is gradient:
@@ -281,7 +281,7 @@ class _Trial(Objective):
         """(loss or None, its gradient in w)."""
         self._mix(w, self.trial)
         taken, value = ask(self.problem, self.gradient, self.trial)
-        gradient = torch.zeros(w.shape[0], len(self.picks), dtype=torch.float64)
+        gradient = torch.zeros(w.shape[0], len(self.picks), dtype=torch.float64, device="cpu")
         for i, name in enumerate(self.picks):
             if name in taken and self.problem.layout.counts(name):
                 dots = inner_products(taken[name], [*self.vertices[name], self.problem.theta[name]])
@@ -295,12 +295,12 @@ class _Trial(Objective):
         """The gradient in w at w = 0, from the products of the selection."""
         at = {n: i for i, n in enumerate(products.names)}
         rows = [[float(products.dots[k, at[n]] - products.point[at[n]]) for k in ks] for n, ks in self.picks.items()]
-        out = torch.tensor(rows, dtype=torch.float64).T
+        out = torch.tensor(rows, dtype=torch.float64, device="cpu").T
         return out.sum(1, keepdim=True) if self.per == "model" else out
 
     def squares(self) -> Tensor:
         """‖s_j − θ‖², shaped as w."""
-        out = torch.zeros(len(next(iter(self.picks.values()))), len(self.picks), dtype=torch.float64)
+        out = torch.zeros(len(next(iter(self.picks.values()))), len(self.picks), dtype=torch.float64, device="cpu")
         for i, name in enumerate(self.picks):
             if self.problem.layout.counts(name):
                 theta = self.problem.theta[name]

@@ -24,7 +24,7 @@ def stream_gram(tensor: TensorStream, *, deltas: bool, base_first: bool = False)
     deltas: of model − base instead of the models. base_first: the base is vector 0 and the models follow.
     """
     count = tensor.count + (1 if base_first else 0)
-    sums = torch.zeros((-(-tensor.numel // BLOCK), len(pairs(count))), dtype=torch.float64)
+    sums = torch.zeros((-(-tensor.numel // BLOCK), len(pairs(count))), dtype=torch.float64, device="cpu")
 
     def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         vectors = [base, *models] if base_first and base is not None else models

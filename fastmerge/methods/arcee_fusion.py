@@ -39,9 +39,9 @@ def arcee_fusion(base: Weight, models: Models, *, context: Context) -> Weight:
 @arcee_fusion.scan
 def _(tensor: TensorStream, plan: Any) -> Importance:
     if tensor.numel == 0:
-        return Importance(torch.zeros(1, dtype=tensor.compute), 0.0)
+        return Importance(torch.zeros(1, dtype=tensor.compute, device="cpu"), 0.0)
     row = tensor.shape[-1] if tensor.shape else 1
-    divergence = torch.empty(tensor.numel // row, dtype=tensor.compute)
+    divergence = torch.empty(tensor.numel // row, dtype=tensor.compute, device="cpu")
 
     def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         assert base is not None

@@ -177,7 +177,7 @@ def _filter(delta: Tensor, rule: Rule) -> None:
 
 def _abs_sums(tensor: TensorStream) -> list[float]:
     """Σ|delta| of each model, the same for every chunking; blocks that hold a NaN or an Inf are left out."""
-    blocks = torch.zeros(tensor.count, -(-tensor.numel // BLOCK), dtype=torch.float64)
+    blocks = torch.zeros(tensor.count, -(-tensor.numel // BLOCK), dtype=torch.float64, device="cpu")
 
     def measure(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         here = ops.abs_sum(base, models)
@@ -233,7 +233,7 @@ def _in_two_passes(tensor: TensorStream, rule: Rule, weights: Sequence[float]) -
     def finish(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         count = models[0].numel()
         out = tensor.place(offset, offset + count)
-        out = torch.empty(count, dtype=tensor.out_dtype) if out is None else out
+        out = torch.empty(count, dtype=tensor.out_dtype, device="cpu") if out is None else out
         delta = None if held is None else held[offset : offset + count]
         passes.inverse(offset // width, count // width, base, models, weights, out, add_base=True, delta=delta)
         tensor.put(offset, out)

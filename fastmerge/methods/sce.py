@@ -62,7 +62,7 @@ def _(tensor: TensorStream, plan: Any) -> Calculated:
         found = largest_share(tensor, _variance, fraction)
         assert not isinstance(found, Window)
         rule = found
-    sums = torch.zeros((-(-tensor.numel // BLOCK), tensor.count), dtype=torch.float64)
+    sums = torch.zeros((-(-tensor.numel // BLOCK), tensor.count), dtype=torch.float64, device="cpu")
 
     def visit(offset: int, base: Tensor | None, models: list[Tensor]) -> None:
         assert base is not None

@@ -69,6 +69,10 @@ def result_like(op: str, like: Tensor, dtype: torch.dtype | None, out: Tensor | 
     require_float(op, out=out)
     if out.shape != like.shape or out.device != like.device:
         raise ValueError(f"{op}: out has shape {tuple(out.shape)} on {out.device}, expected {tuple(like.shape)}")
+    if out.is_neg():
+        raise ValueError(
+            f"{op}: out is negated lazily by torch; give a tensor that holds its values (out.resolve_neg())"
+        )
     if dtype is not None and out.dtype != dtype:
         raise ValueError(f"{op}: out has dtype {out.dtype}, but dtype={dtype} was asked for")
     return out

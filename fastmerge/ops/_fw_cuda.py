@@ -133,7 +133,7 @@ class PinnedTransfers:
     def __init__(self, device: torch.device, elements: int) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pinned = [torch.empty(elements * 4, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.pinned = [torch.empty(elements * 4, dtype=torch.uint8, pin_memory=True, device="cpu") for _ in range(2)]
         self.buffers = [torch.empty(elements * 4, dtype=torch.uint8, device=device) for _ in range(2)]
         self.copied = [torch.cuda.Event() for _ in range(2)]
         self.free = [torch.cuda.Event() for _ in range(2)]

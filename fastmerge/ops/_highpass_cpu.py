@@ -146,7 +146,7 @@ class Passes:
         kept = None if keep is None else keep.view(rows, width)
 
         def transform(a: int, b: int) -> None:
-            into = torch.empty(b - a, width, dtype=self._compute) if kept is None else kept[a:b]
+            into = torch.empty(b - a, width, dtype=self._compute, device="cpu") if kept is None else kept[a:b]
             self._move("gather", _rfft(inputs.add_up(a, b, into)), first + a)
 
         _each_block(rows, width, _ROW_BLOCK, transform)
@@ -174,7 +174,7 @@ class Passes:
         sums = inputs.sums if delta is None else delta
 
         def transform(a: int, b: int) -> None:
-            half = torch.empty(b - a, width // 2 + 1, dtype=_complex(self._compute))
+            half = torch.empty(b - a, width // 2 + 1, dtype=_complex(self._compute), device="cpu")
             self._move("scatter", half, first + a)
             low, at = _irfft(half, width), a * width
             getattr(_native.lib(), f"highpass_finish_{_suffix(self._compute)}")(

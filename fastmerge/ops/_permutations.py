@@ -53,7 +53,7 @@ def normalize(op: str, shape: Sequence[int], perms: Perms, group: str, name: str
             raise ValueError(f"{place}: the tensor has shape {tuple(shape)}")
         if axis in found:
             raise ValueError(f"{place}: the axis is given twice")
-        index = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.int64)
+        index = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.int64, device="cpu")
         if index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
             raise TypeError(f"{place}: the index must be a vector of int64 or int32, not {index.ndim}-d {index.dtype}")
         n, size = index.numel(), shape[axis]

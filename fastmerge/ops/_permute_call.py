@@ -95,7 +95,8 @@ def run_native(tasks: Sequence[Task], kernel: Callable[..., None]) -> None:
         if t.in_place:
             continue
         source = t.source.contiguous()
-        dense = t.result if t.result.is_contiguous() else torch.empty(t.result.shape, dtype=t.result.dtype)
+        result = t.result
+        dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
         axes, _alive = native_axes(source.shape, t.perms)
         kernel(t, dense, source, axes, stream)
         if dense is not t.result:

@@ -162,7 +162,7 @@ def permute_rows_in_place(x: Tensor, outer: int, perm: Tensor, inner: int) -> No
     if segments == 0 or x.numel() == 0:
         return
     device = x.device
-    order, ends, after = (torch.tensor(v, dtype=torch.int32).to(device) for v in (rows, bounds, following))
+    order, ends, after = (torch.tensor(v, dtype=torch.int32, device=device) for v in (rows, bounds, following))
     heads = torch.tensor([rows[b] for b in bounds[:-1]], dtype=torch.int32, device=device)
     saved = torch.empty(outer * segments * inner, dtype=torch.uint8, device=device)
     save: Any = np.zeros((), TASK)

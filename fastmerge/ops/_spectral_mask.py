@@ -65,11 +65,11 @@ class SpectralMask:
     def gain(self) -> Tensor:
         """float64 [H, W // 2 + 1]: the definition above, spelled out."""
         tables = self.bounds.shape[0]
-        column = torch.arange(self.width // 2 + 1, dtype=torch.int32)
+        column = torch.arange(self.width // 2 + 1, dtype=torch.int32, device="cpu")
         low, high = self.bounds[..., :1], self.bounds[..., 1:]  # [T, H, 1]
         total = ((column >= low) & (column < high)).sum(0).double()  # [H, W // 2 + 1]
         row, col = self.ring[:, 0].long(), self.ring[:, 1].long()
-        total.index_put_((row, col), torch.ones(row.numel(), dtype=torch.float64), accumulate=True)
+        total.index_put_((row, col), torch.ones(row.numel(), dtype=torch.float64, device="cpu"), accumulate=True)
         return total / tables
 
 
@@ -114,7 +114,8 @@ def _radial_bounds(height: int, width: int, cutoff: float) -> Ints:
     def kept(column: Ints) -> npt.NDArray[np.bool_]:
         return np.asarray(np.sqrt(fy2 + (2.0 * (column * (1.0 / width))) ** 2) >= cutoff)
 
-    low = np.clip(np.ceil(0.5 * width * np.sqrt(np.maximum(cutoff * cutoff - fy2, 0.0))).astype(np.int64), 0, end)
+    beyond = min(cutoff, 4.0)  # no frequency is above sqrt(2); a huge square or index would overflow
+    low = np.ceil(0.5 * width * np.sqrt(np.maximum(beyond * beyond - fy2, 0.0))).clip(0, end).astype(np.int64)
     # The guess is off by a rounding at most; the comparison itself is what counts.
     while (step := (low > 0) & kept(low - 1)).any():
         low -= step
@@ -174,6 +175,7 @@ def spectral_mask(height: int, width: int, cutoff: float | None, mask: str, ring
         tables = _radial_bounds(height, width, cutoff)[None]
     else:
         radius = cutoff * (min(height, width) if mask == "disc_min" else max(height, width))
+        radius = min(radius, float(height + width))  # the whole plane; float32 holds no 1e300
         disc = _disc_bounds(height, width, radius)
         odd = height % 2 == 1 or width % 2 == 1
         tables = np.stack([disc, _mirror(disc, height, width)] if odd else [disc])

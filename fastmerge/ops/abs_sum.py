@@ -53,7 +53,7 @@ def _abs_sum_cpu(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     _prepare(base, models)
     tensors = [t.contiguous() for t in ([] if base is None else [base]) + list(models)]
     blocks = -(-tensors[0].numel() // BLOCK)
-    sums = torch.empty(len(models), blocks, dtype=torch.float64)
+    sums = torch.empty(len(models), blocks, dtype=torch.float64, device="cpu")
     _native.lib().abs_sum(
         sums.data_ptr(),
         [t.data_ptr() for t in tensors],

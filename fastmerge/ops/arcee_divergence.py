@@ -49,7 +49,7 @@ def arcee_divergence(base: Tensor, other: Tensor) -> Tensor:
 @arcee_divergence.backend("cpu", when=lambda base, other: _native.cpu_why_not(base, other))
 def _arcee_divergence_cpu(base: Tensor, other: Tensor) -> Tensor:
     check_pair("arcee_divergence", base, other)
-    out = torch.empty(base.shape[:-1], dtype=compute_dtype(base, other))
+    out = torch.empty(base.shape[:-1], dtype=compute_dtype(base, other), device="cpu")
     if base.numel() == 0:
         return out.zero_()
     _dense, arrays = native_pair(base, other)

@@ -71,7 +71,7 @@ def _arcee_importance_cpu(
 ) -> Tensor:
     length = check_lines("arcee_importance", base, other, divergence, row, offset)
     _dense, arrays = native_pair(base, other)
-    lines = divergence.contiguous()
+    lines = divergence.resolve_neg().contiguous()
     out = _native.fresh(base.shape, compute_dtype(base, other))
     _native.lib().arcee_importance(
         out.data_ptr(), *arrays, out.numel(), lines.data_ptr(), length, offset, _native.threads()
@@ -90,10 +90,10 @@ def pair_case(
 def special_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros of both signs, NaN and Inf; the last row's divergence is 0."""
     nan, inf = float("nan"), float("inf")
-    base = torch.tensor([[0.0, -0.0, 1.0], [nan, inf, 1.0], [-0.0, 1.0, 1.0]]).to(dtype)
-    other = torch.tensor([[-0.0, 0.0, nan], [1.0, inf, -inf], [-0.0, 2.0, inf]]).to(dtype)
+    base = torch.tensor([[0.0, -0.0, 1.0], [nan, inf, 1.0], [-0.0, 1.0, 1.0]], device="cpu").to(dtype)
+    other = torch.tensor([[-0.0, 0.0, nan], [1.0, inf, -inf], [-0.0, 2.0, inf]], device="cpu").to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return base, other, torch.tensor([0.5, 2.0, 0.0], dtype=wide)
+    return base, other, torch.tensor([0.5, 2.0, 0.0], dtype=wide, device="cpu")
 
 
 @arcee_importance.case("odd size")

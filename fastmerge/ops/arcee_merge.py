@@ -61,9 +61,9 @@ def _arcee_merge_cpu(
 ) -> Tensor:
     length = check_lines("arcee_merge", base, other, divergence, row, offset)
     result = result_like("arcee_merge", base, dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     _inputs, arrays = native_pair(base, other)
-    lines = divergence.contiguous()
+    lines = divergence.resolve_neg().contiguous()
     _native.lib().arcee_merge(
         dense.data_ptr(), _native.DTYPES[dense.dtype], *arrays, dense.numel(), lines.data_ptr(), float(threshold),
         length, offset, _native.threads(),

@@ -87,7 +87,7 @@ def consensus_merge(
     if normalize:
         total = total / divisor
     if scale != 1.0:
-        total = total * torch.tensor(scale, dtype=plan.compute)
+        total = total * torch.tensor(scale, dtype=plan.compute, device="cpu")
     if origin is not None:
         total = origin + total
     if torch.is_grad_enabled() and total.requires_grad and out is None:
@@ -124,7 +124,7 @@ def _terms(
     """The uᵢ: +0 where trimmed away, else the delta times float(weight · factor)."""
     terms = []
     for i, delta in enumerate(deltas):
-        coefficient = torch.tensor(plan.weights[i] * factors[i], dtype=plan.compute)
+        coefficient = torch.tensor(plan.weights[i] * factors[i], dtype=plan.compute, device="cpu")
         terms.append(torch.where(keep_mask(plan, i, delta, rules, offset), delta * coefficient, 0.0))
     return terms
 
@@ -135,7 +135,7 @@ def _elected(terms: list[Tensor], plan: ConsensusPlan, elect: str | None) -> tup
         total = terms[0]
         for u in terms[1:]:
             total = total + u
-        return total, torch.tensor(plan.divisor, dtype=plan.compute)
+        return total, torch.tensor(plan.divisor, dtype=plan.compute, device=total.device)
     votes = terms if elect == "sum" else [(u > 0).to(u.dtype) - (u < 0).to(u.dtype) for u in terms]
     vote = votes[0]
     for v in votes[1:]:
@@ -145,7 +145,8 @@ def _elected(terms: list[Tensor], plan: ConsensusPlan, elect: str | None) -> tup
     divisor: Tensor | None = None
     for u, w in zip(terms, plan.weights, strict=True):
         agrees = torch.where(positive, ~(u <= 0), ~(u >= 0))
-        part, share = torch.where(agrees, u, 0.0), torch.where(agrees, torch.tensor(w, dtype=plan.compute), 0.0)
+        part = torch.where(agrees, u, 0.0)
+        share = torch.where(agrees, torch.tensor(w, dtype=plan.compute, device="cpu"), 0.0)
         merged = part if merged is None else merged + part
         divisor = share if divisor is None else divisor + share
     assert merged is not None
@@ -186,7 +187,7 @@ def _consensus_merge_cpu(
     models = [m.contiguous() for m in models]
     rules, found = _resolved(plan, base, models, offset, _native_thresholds, delta_sums)
     arrays = native_arrays(base, models)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     _native.lib().consensus_merge(
         dense.data_ptr(),
         _native.DTYPES[dense.dtype],

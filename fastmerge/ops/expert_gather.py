@@ -60,7 +60,8 @@ def _expert_gather_cpu(base: Tensor | None, model: Tensor, density: float, *, of
     compute = compute_dtype(model, *([] if base is None else [base]))
     length = model.shape[-1] if model.ndim else 1
     rows = model.numel() // length if length else 0
-    index, value = torch.empty(rows * k, dtype=torch.int64), torch.empty(rows * k, dtype=compute)
+    index = torch.empty(rows * k, dtype=torch.int64, device="cpu")
+    value = torch.empty(rows * k, dtype=compute, device="cpu")
     if rows * k:
         x, origin = model.contiguous(), None if base is None else base.contiguous()
         first = (0, 0) if origin is None else (origin.data_ptr(), _native.DTYPES[origin.dtype])

@@ -109,7 +109,7 @@ def expert_scatter(
             new = v
         else:
             compute = compute_dtype(t, v)
-            term = v.to(compute) * torch.tensor(s, dtype=compute)
+            term = v.to(compute) * torch.tensor(s, dtype=compute, device="cpu")
             new = (old.to(compute) + term if mode == "add" else term).to(t.dtype)
         flat[at] = new
         if flat.data_ptr() != t.data_ptr() or not t.is_contiguous():
@@ -141,7 +141,7 @@ def _expert_scatter_cpu(
     saved = []
     for t, i, v, s in zip(xs, indices, values, scales, strict=True):
         dense, v = t.contiguous(), v.contiguous()
-        old = torch.empty(i.numel(), dtype=t.dtype)
+        old = torch.empty(i.numel(), dtype=t.dtype, device="cpu")
         lib.expert_scatter(
             dense.data_ptr(),
             _native.DTYPES[t.dtype],

@@ -140,7 +140,7 @@ def _fw_lmo_cpu(
 ) -> FwChoice:
     prepare(gradients, candidates, metric, granularity, sqnorms)
     k = len(candidates)
-    totals = torch.zeros(len(gradients), 2 * k + 1, dtype=torch.float64)
+    totals = torch.zeros(len(gradients), 2 * k + 1, dtype=torch.float64, device="cpu")
     native(gradients, candidates, sqnorms is None, totals)
     if sqnorms is not None:
         totals[:, k : 2 * k] = sqnorms.T

@@ -75,9 +75,9 @@ def fw_products(
     g = gradient.to(compute)
     if carry is None:
         carry = FwProducts(
-            torch.zeros(len(candidates), dtype=torch.float64),
-            torch.full((len(candidates),), 0.0 if norms else float("nan"), dtype=torch.float64),
-            torch.zeros((), dtype=torch.float64),
+            torch.zeros(len(candidates), dtype=torch.float64, device="cpu"),
+            torch.full((len(candidates),), 0.0 if norms else float("nan"), dtype=torch.float64, device="cpu"),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
         )
     dots = [total(g * s.to(compute), t) for s, t in zip(candidates, carry.dots.tolist(), strict=True)]
     squares = carry.sqnorms.tolist()
@@ -145,7 +145,7 @@ def _fw_products_cpu(
 ) -> FwProducts:
     prepare(gradient, candidates, carry)
     k = len(candidates)
-    totals = torch.zeros(1, 2 * k + 1, dtype=torch.float64)
+    totals = torch.zeros(1, 2 * k + 1, dtype=torch.float64, device="cpu")
     if carry is not None:
         totals[0] = torch.cat([carry.dots, carry.sqnorms, carry.grad_sqnorm.reshape(1)])
     native([gradient], [[s] for s in candidates], norms, totals)

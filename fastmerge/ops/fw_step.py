@@ -65,7 +65,7 @@ def fw_step(
     Source: FW-Merging (arXiv:2503.12649), alg. 1.
     """
     gammas = prepare(params, vertices, gamma, gradients, allow_low_precision)
-    products = torch.zeros(len(params), 2, dtype=torch.float64)
+    products = torch.zeros(len(params), 2, dtype=torch.float64, device="cpu")
     for n, (p, s, step) in enumerate(zip(params, vertices, gammas, strict=True)):
         compute = compute_dtype(p) if s is None else compute_dtype(p, s)
         theta = p.to(compute)
@@ -73,7 +73,7 @@ def fw_step(
         if gradients is not None:
             products[n, 0] = total(gradients[n].to(compute) * direction)
             products[n, 1] = total(direction * direction)
-        p.copy_(theta + direction * torch.tensor(step, dtype=compute))
+        p.copy_(theta + direction * torch.tensor(step, dtype=compute, device="cpu"))
     return None if gradients is None else products
 
 
@@ -98,7 +98,7 @@ def _fw_step_cpu(
     if gradients is not None:
         for n, (g, p, s) in enumerate(zip(gradients, thetas, ends, strict=True)):
             slopes[n] = g.to(compute_dtype(p) if s is None else compute_dtype(p, s)).contiguous()
-    products = torch.zeros(len(params), 2, dtype=torch.float64)
+    products = torch.zeros(len(params), 2, dtype=torch.float64, device="cpu")
     _native.lib().fw_step(
         products.data_ptr(),
         [t.data_ptr() for t in thetas],

@@ -31,7 +31,7 @@ def pairs(count: int) -> list[tuple[int, int]]:
 def total(sums: Tensor, count: int) -> Tensor:
     """The symmetric [K, K] float64 matrix of block sums [blocks, pairs], added in block order."""
     flat = sums.cumsum(0)[-1] if len(sums) else sums.new_zeros(len(pairs(count)))
-    out = torch.empty((count, count), dtype=torch.float64)
+    out = torch.empty((count, count), dtype=torch.float64, device="cpu")
     for value, (i, j) in zip(flat.tolist(), pairs(count), strict=True):
         out[i, j] = out[j, i] = value
     return out
@@ -65,7 +65,7 @@ def gram_blocks(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
         padded = torch.zeros(blocks * BLOCK, dtype=torch.float64, device=m.device)
         padded[: m.numel()] = delta.reshape(-1)
         lanes.append(padded.view(blocks, BLOCK // LANES, LANES))
-    out = torch.empty((blocks, len(pairs(len(models)))), dtype=torch.float64)
+    out = torch.empty((blocks, len(pairs(len(models)))), dtype=torch.float64, device="cpu")
     for p, (i, j) in enumerate(pairs(len(models))):
         out[:, p] = (lanes[i] * lanes[j]).cumsum(1)[:, -1].cumsum(1)[:, -1]
     return out
@@ -76,7 +76,7 @@ def _gram_blocks_cpu(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     _check(base, models)
     n = models[0].numel()
     inputs = [t.contiguous() for t in ([] if base is None else [base]) + list(models)]
-    out = torch.empty((-(-n // BLOCK), len(pairs(len(models)))), dtype=torch.float64)
+    out = torch.empty((-(-n // BLOCK), len(pairs(len(models)))), dtype=torch.float64, device="cpu")
     _native.lib().gram_blocks(
         out.data_ptr(),
         [t.data_ptr() for t in inputs],

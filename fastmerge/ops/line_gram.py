@@ -79,9 +79,9 @@ def _line_gram_cpu(base: Tensor | None, models: Sequence[Tensor], *, along: str 
     rows, columns = models[0].shape
     shape = rows if along == "rows" else columns, len(pairs(len(models)))
     if rows * columns == 0:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
     arrays = native_arrays(base, models)
-    out = torch.empty(shape, dtype=torch.float64)
+    out = torch.empty(shape, dtype=torch.float64, device="cpu")
     _native.lib().line_gram(out.data_ptr(), *arrays.arguments, rows, columns, LINES.index(along), _native.threads())
     return out
 

@@ -21,7 +21,7 @@ def _check(base: Tensor | None, models: Sequence[Tensor], weight: Tensor, along:
     wanted = len(models), models[0].shape[LINES.index(along)]
     if tuple(weight.shape) != wanted:
         raise ValueError(f"line_merge: weight has shape {tuple(weight.shape)}, expected {wanted} (models, {along})")
-    return weight.to(compute_dtype(*models, *([] if base is None else [base]))).contiguous()
+    return weight.to(compute_dtype(*models, *([] if base is None else [base]))).resolve_neg().contiguous()
 
 
 @op(numerics="A", kind="elementwise")
@@ -75,7 +75,7 @@ def _line_merge_cpu(
 ) -> Tensor:
     wide = _check(base, models, weight, along)
     result = result_like("line_merge", base if base is not None else models[0], dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     arrays = native_arrays(base, models)
     _native.lib().line_merge(
         dense.data_ptr(), _native.DTYPES[dense.dtype], *arrays.arguments, wide.data_ptr(), *models[0].shape,

@@ -41,7 +41,7 @@ def nearswap(
     result = result_like("nearswap", base, dtype, out)
     wide = compute_dtype(base, other)
     a, b = base.to(wide), other.to(wide)
-    share = ((a - b).abs().clamp(min=1e-6).reciprocal() * torch.tensor(t, dtype=wide)).clamp(0.0, 1.0)
+    share = ((a - b).abs().clamp(min=1e-6).reciprocal() * torch.tensor(t, dtype=wide, device="cpu")).clamp(0.0, 1.0)
     return result.copy_(share * b + (1.0 - share) * a)
 
 
@@ -51,7 +51,7 @@ def _nearswap_cpu(
 ) -> Tensor:
     _check(base, other, t)
     result = result_like("nearswap", base, dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     inputs = base.contiguous(), other.contiguous()
     arrays = [value for x in inputs for value in (x.data_ptr(), _native.DTYPES[x.dtype])]
     _native.lib().nearswap(

@@ -68,8 +68,8 @@ def permute_merge(
     for t in tasks:
         assert t.base is not None
         compute = compute_dtype(t.base, t.source)
-        left = t.base.to(compute) * torch.tensor(1.0 - weight, dtype=compute)
-        total = left + gather(t.source, t.perms).to(compute) * torch.tensor(weight, dtype=compute)
+        left = t.base.to(compute) * torch.tensor(1.0 - weight, dtype=compute, device="cpu")
+        total = left + gather(t.source, t.perms).to(compute) * torch.tensor(weight, dtype=compute, device="cpu")
         differentiable = torch.is_grad_enabled() and total.requires_grad and t.fresh
         results.append(total.to(t.result.dtype) if differentiable else t.result.copy_(total))
     return results[0] if isinstance(base, Tensor) else results

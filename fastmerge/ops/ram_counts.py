@@ -57,7 +57,7 @@ def ram_counts(base: Tensor, models: Sequence[Tensor], epsilon: float = 1e-5) ->
 def _ram_counts_cpu(base: Tensor, models: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
     check_epsilon("ram_counts", base, models, epsilon)
     arrays = native_arrays(base, models)
-    counts = torch.empty((-(-arrays.n // BLOCK), len(models), 2), dtype=torch.int64)
+    counts = torch.empty((-(-arrays.n // BLOCK), len(models), 2), dtype=torch.int64, device="cpu")
     _native.lib().ram_counts(counts.data_ptr(), *arrays.arguments, arrays.n, epsilon, _native.threads())
     return counts.sum(0)
 

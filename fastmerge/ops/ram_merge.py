@@ -59,7 +59,7 @@ def ram_merge(
     alone = count == 1
     total = torch.zeros_like(deltas[0])
     for d, c, f in zip(deltas, changed, factors, strict=True):
-        total = total + torch.where(c, torch.where(alone, d * torch.tensor(f, dtype=wide), d), 0.0)
+        total = total + torch.where(c, torch.where(alone, d * torch.tensor(f, dtype=wide, device="cpu"), d), 0.0)
     return result.copy_(base.to(wide) + total / count.clamp(min=1))
 
 
@@ -75,7 +75,7 @@ def _ram_merge_cpu(
 ) -> Tensor:
     factors = _factors(base, models, factor, epsilon)
     result = result_like("ram_merge", base, dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     arrays = native_arrays(base, models)
     _native.lib().ram_merge(
         dense.data_ptr(), _native.DTYPES[dense.dtype], *arrays.arguments, arrays.n, factors, epsilon, _native.threads()

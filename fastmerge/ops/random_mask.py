@@ -114,7 +114,7 @@ def random_mask(
 def apply_mask(x: Tensor, mask: Tensor, density: float) -> Tensor:
     """x · float(1 / density) where the mask holds, +0 elsewhere, contiguous, in x's dtype."""
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    factor = torch.tensor(1.0 / density if density > 0 else 1.0, dtype=wide.dtype)
+    factor = torch.tensor(1.0 / density if density > 0 else 1.0, dtype=wide.dtype, device="cpu")
     return torch.where(mask, wide * factor, 0.0).to(x.dtype).contiguous()
 
 

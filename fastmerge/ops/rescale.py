@@ -61,7 +61,7 @@ def delta_sums(
     if _native.cpu_why_not(*models, *([] if base is None else [base])) is not None:
         return reference_sums(plan, base, models, rules, offset)
     arrays = native_arrays(base, models)
-    sums = torch.empty((-(-arrays.n // SUM_BLOCK), len(models), 2), dtype=torch.float64)
+    sums = torch.empty((-(-arrays.n // SUM_BLOCK), len(models), 2), dtype=torch.float64, device="cpu")
     trims = native_trims(plan, models[0], rules, [1.0] * len(models))
     row = max(1, row_length(models[0]))
     _native.lib().delta_l1(

@@ -48,7 +48,7 @@ def sce_energy(base: Tensor, models: Sequence[Tensor], rule: Threshold | None = 
     deltas = float_deltas(base, models)
     chosen = kept(variance_of(deltas), rule, offset) if rule is not None else None
     blocks = -(-base.numel() // BLOCK)
-    out = torch.empty((blocks, len(models)), dtype=torch.float64)
+    out = torch.empty((blocks, len(models)), dtype=torch.float64, device="cpu")
     for i, d in enumerate(deltas):
         part = d if chosen is None else torch.where(chosen, d, 0.0)
         padded = torch.zeros(blocks * BLOCK, dtype=torch.float64, device=d.device)
@@ -64,7 +64,7 @@ def _sce_energy_cpu(
 ) -> Tensor:
     _check(base, models, offset)
     arrays = native_arrays(base, models)
-    out = torch.empty((-(-arrays.n // BLOCK), len(models)), dtype=torch.float64)
+    out = torch.empty((-(-arrays.n // BLOCK), len(models)), dtype=torch.float64, device="cpu")
     _native.lib().sce_energy(out.data_ptr(), *arrays.arguments, arrays.n, *native_rule(rule), offset, _native.threads())
     return out
 

@@ -65,7 +65,7 @@ def sce_merge(
     positive = total >= 0
     above, below = torch.zeros_like(total), torch.zeros_like(total)
     for d, w in zip(deltas, weights, strict=True):
-        share = torch.tensor(w, dtype=wide)
+        share = torch.tensor(w, dtype=wide, device="cpu")
         agrees = torch.where(positive, ~(d <= 0), ~(d >= 0))
         above = above + torch.where(agrees, d * share, 0.0)
         below = below + torch.where(agrees, share, 0.0)
@@ -88,7 +88,7 @@ def _sce_merge_cpu(
 ) -> Tensor:
     weights = _check(base, models, weight, offset)
     result = result_like("sce_merge", base, dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     arrays = native_arrays(base, models)
     _native.lib().sce_merge(
         dense.data_ptr(), _native.DTYPES[dense.dtype], *arrays.arguments, arrays.n, weights, *native_rule(rule), offset,

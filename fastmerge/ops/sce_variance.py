@@ -69,9 +69,9 @@ def family_case(
 def special_case(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Zeros of both signs, NaN, Inf, tiny and large deltas."""
     nan, inf = float("nan"), float("inf")
-    base = torch.tensor([0.0, -0.0, 1.0, nan, inf, 1.0, 0.0, 1e-40, -0.0])
-    a = torch.tensor([-0.0, 0.0, nan, 1.0, inf, -inf, 6e4, -1e-40, -0.0])
-    b = torch.tensor([0.0, -0.0, 2.0, 1.0, 1.0, 1.0, -6e4, 1e-20, 1.0])
+    base = torch.tensor([0.0, -0.0, 1.0, nan, inf, 1.0, 0.0, 1e-40, -0.0], device="cpu")
+    a = torch.tensor([-0.0, 0.0, nan, 1.0, inf, -inf, 6e4, -1e-40, -0.0], device="cpu")
+    b = torch.tensor([0.0, -0.0, 2.0, 1.0, 1.0, 1.0, -6e4, 1e-20, 1.0], device="cpu")
     return base.to(dtype), [a.to(dtype), b.to(dtype), base.to(dtype)]
 
 

@@ -47,7 +47,7 @@ KEEP_NONE = Threshold(2**63 - 1, -1)
 
 def magnitude_key(x: Tensor) -> Tensor:
     """int64 keys of a float32 or float64 tensor (16-bit ones are widened first)."""
-    x = x.to(compute_dtype(x))
+    x = x.to(compute_dtype(x)).resolve_neg()
     bits = (x.contiguous().view(_BITS[x.dtype]) & _MAGNITUDE[x.dtype]).long()
     return torch.where(x.isnan(), NAN_KEY[x.dtype], bits)
 
@@ -161,8 +161,8 @@ class NativeArrays(NamedTuple):
 
 
 def native_arrays(base: Tensor | None, models: Sequence[Tensor]) -> NativeArrays:
-    dense = [m.contiguous() for m in models]
-    origin = None if base is None else base.contiguous()
+    dense = [m.resolve_neg().contiguous() for m in models]
+    origin = None if base is None else base.resolve_neg().contiguous()
     # A base without elements has a null address, which means "no base": nothing is read then either way.
     first = (0, 0) if origin is None else (origin.data_ptr(), _native.DTYPES[origin.dtype])
     arguments = (*first, [m.data_ptr() for m in dense], [_native.DTYPES[m.dtype] for m in dense])

@@ -56,7 +56,7 @@ class _ReferenceSelector:
 
     def __init__(self, n: int, targets: list[tuple[int, int]], compute: torch.dtype, lanes: int) -> None:
         self._n, self._targets, self._compute = n, targets, compute
-        self._keys = {model: torch.empty(n, dtype=torch.int64) for model, _ in targets}
+        self._keys = {model: torch.empty(n, dtype=torch.int64, device="cpu") for model, _ in targets}
         self._fed = False
 
     def sample(self, base: Tensor | None, models: Sequence[Tensor], length: int) -> None:

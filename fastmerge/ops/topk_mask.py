@@ -76,7 +76,7 @@ def rule_mask(x: Tensor, rule: Rule, offset: int = 0) -> Tensor:
     if isinstance(rule, Window):
         mask = rule_mask(x, rule.low, offset)
         return mask if rule.high is None else mask.logical_and_(~rule_mask(x, rule.high, offset))
-    dense, mask = x.contiguous(), torch.empty(x.shape, dtype=torch.bool)
+    dense, mask = x.contiguous(), torch.empty(x.shape, dtype=torch.bool, device="cpu")
     dtype, index = _native.DTYPES[x.dtype], rule.index - offset
     _native.lib().rule_mask(mask.data_ptr(), dense.data_ptr(), dtype, x.numel(), rule.key, index, _native.threads())
     return mask
@@ -88,7 +88,7 @@ def _topk_mask_cpu(x: Tensor, density: float, *, dim: int | None = None, out: Te
     n = x.numel() if axis is None else x.shape[axis]
     k = kept_count(density, n)
     if k in (0, n) or x.numel() == 0:
-        return _result((torch.zeros if k == 0 else torch.ones)(x.shape, dtype=torch.bool), out)
+        return _result((torch.zeros if k == 0 else torch.ones)(x.shape, dtype=torch.bool, device="cpu"), out)
     rows = (x if axis is None else x.movedim(axis, -1)).contiguous()
     mask = (
         out

@@ -75,13 +75,13 @@ def weighted_sum(
     total: Tensor | None = None
     for m, w in zip(models, weights, strict=True):
         x = m.to(compute)
-        term = (x if origin is None else x - origin) * torch.tensor(w, dtype=compute)
+        term = (x if origin is None else x - origin) * torch.tensor(w, dtype=compute, device="cpu")
         total = term if total is None else total + term
     assert total is not None
     if normalize:
-        total = total / torch.tensor(divisor, dtype=compute)
+        total = total / torch.tensor(divisor, dtype=compute, device=total.device)
     if scale != 1.0:
-        total = total * torch.tensor(scale, dtype=compute)
+        total = total * torch.tensor(scale, dtype=compute, device="cpu")
     if origin is not None and add_base:
         total = origin + total
     if torch.is_grad_enabled() and total.requires_grad and out is None:
@@ -105,7 +105,7 @@ def _weighted_sum_cpu(
 ) -> Tensor:
     weights, divisor = _scalars(base, models, weight, normalize)
     result = result_like("weighted_sum", base if base is not None else models[0], dtype, out)
-    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype)
+    dense = result if result.is_contiguous() else torch.empty(result.shape, dtype=result.dtype, device="cpu")
     inputs = [m.contiguous() for m in ([] if base is None else [base]) + list(models)]
     _native.lib().weighted_sum(
         dense.data_ptr(),

@@ -52,7 +52,7 @@ def _greedy(s: Tensor, merges: int, alpha: float, budget: int) -> tuple[Tensor, 
     s = s.triu(1)
     s = s + s.T
     s.fill_diagonal_(-torch.inf)
-    root = torch.arange(size)  # the surviving feature that each one is part of
+    root = torch.arange(size, device="cpu")  # the surviving feature that each one is part of
     alive = list(range(size))
     model = [i // n for i in range(size)] if n else []
     seen = [1 << m for m in model]  # models a feature holds parts of
@@ -66,7 +66,7 @@ def _greedy(s: Tensor, merges: int, alpha: float, budget: int) -> tuple[Tensor, 
         seen[row] |= seen[column]
         joined = torch.minimum(s[row], s[column])
         if alpha > 0:
-            joined = joined * torch.tensor(alpha, dtype=s.dtype)
+            joined = joined * torch.tensor(alpha, dtype=s.dtype, device="cpu")
         else:  # a matched feature may not be matched again with a model that is in it
             joined[[i for i, m in enumerate(seen) if m & seen[row]]] = -torch.inf
         joined[row] = -torch.inf
@@ -79,16 +79,16 @@ def _greedy(s: Tensor, merges: int, alpha: float, budget: int) -> tuple[Tensor, 
         if within is not None:
             left[within] -= 1
             if left[within] <= 0:
-                mine = torch.tensor([m == within for m in model])
+                mine = torch.tensor([m == within for m in model], device="cpu")
                 s[mine[:, None] & mine[None, :]] = -torch.inf
-    label = torch.searchsorted(torch.tensor(alive, dtype=torch.int64), root)
+    label = torch.searchsorted(torch.tensor(alive, dtype=torch.int64, device="cpu"), root)
     return label, torch.stack(score) if score else s.new_zeros(0)
 
 
 def _native_greedy(s: Tensor, merges: int, alpha: float, budget: int) -> tuple[Tensor, Tensor]:
     s = s.contiguous()
-    label = torch.empty(s.shape[0], dtype=torch.int64)
-    score = torch.empty(merges, dtype=s.dtype)
+    label = torch.empty(s.shape[0], dtype=torch.int64, device="cpu")
+    score = torch.empty(merges, dtype=s.dtype, device="cpu")
     _native.lib().zip_match(
         label.data_ptr(), score.data_ptr(), s.data_ptr(), _native.DTYPES[s.dtype], s.shape[0], merges, alpha, budget,
         _native.threads(),
@@ -106,7 +106,7 @@ def _match(similarity, ratio, alpha, budget, groups, dense, greedy) -> ZipMatch:
         size = n // g
         kept = 2 * size - merges
         pairs, _ = assign_groups(s[:n, n:], g)
-        label, scores = torch.empty(2 * n, dtype=torch.int64), []
+        label, scores = torch.empty(2 * n, dtype=torch.int64, device="cpu"), []
         for i in range(g):
             a, b = i * size, n + int(pairs[i]) * size
             members = torch.from_numpy(np.r_[a : a + size, b : b + size])
@@ -117,7 +117,7 @@ def _match(similarity, ratio, alpha, budget, groups, dense, greedy) -> ZipMatch:
     columns = int(label.max()) + 1 if n else 0
     unmerge = s.new_zeros(2 * n, columns if dense else 0)
     if dense:
-        unmerge[torch.arange(2 * n), label] = 1
+        unmerge[torch.arange(2 * n, device="cpu"), label] = 1
     merge = unmerge / unmerge.sum(0, keepdim=True)
     device = similarity.device
     return ZipMatch(merge.to(device), unmerge.to(device), label.to(device), score.to(device))

@@ -378,7 +378,7 @@ class Search:
             plan = list(range(len(self.units)))
             for number in range(1, sweeps + 1):
                 if order == "random" or bad:  # a fixed order that did not help once will not help again
-                    plan = torch.randperm(len(self.units), generator=generator).tolist()
+                    plan = torch.randperm(len(self.units), generator=generator, device="cpu").tolist()
                 begin = time.perf_counter()
                 objective, changed, margin = self.sweep(plan, pool)
                 accepted = objective > best

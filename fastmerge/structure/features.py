@@ -109,7 +109,7 @@ class WeightFeatures:
         """(axis, positions that changed, what they hold now, what they held) of a matrix with one other permuted axis;
         None when that is not the case, or most of the axis moved."""
         others = [a for a in self.spec.tensors[v.tensor] if a.axis != v.axis.axis]
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         if not others:
             return 0, none, none, none
         if len(others) != 1 or self.anchor[v.tensor].ndim != 2 or self.spec.crossing(v.tensor):

@@ -111,7 +111,7 @@ def _coordinates(segment: Segment, sizes: Callable[[str], int]) -> tuple[list[in
     """Sizes of a segment's factors and, for each flat position, the position within each factor."""
     widths = [factor_size(f, sizes) for f in segment]
     n = segment_size(segment, sizes)
-    flat = torch.arange(n)
+    flat = torch.arange(n, device="cpu")
     out, stride = [], n
     for w in widths:
         stride = stride // w if w else 0
@@ -145,7 +145,7 @@ def source_index(
             if isinstance(f, str):
                 here[f] = c.reshape(1, -1)
         n = coordinates[0].numel() if coordinates else 1
-        total = torch.zeros(rows, n, dtype=torch.int64)
+        total = torch.zeros(rows, n, dtype=torch.int64, device="cpu")
         for f, width, c in zip(segment, widths, coordinates, strict=True):
             at: Tensor
             if isinstance(f, int) or (isinstance(f, str) and f not in perms):
@@ -160,7 +160,7 @@ def source_index(
             total = total * width + at
         pieces.append(total + offset)
         offset += n
-    return torch.cat(pieces, 1) if pieces else torch.zeros(rows, 0, dtype=torch.int64)
+    return torch.cat(pieces, 1) if pieces else torch.zeros(rows, 0, dtype=torch.int64, device="cpu")
 
 
 def free_parents(layout: Layout, parents: Parents) -> set[str]:

@@ -106,11 +106,11 @@ class PermutationSpec:
 
     # ---- permutations ------------------------------------------------------------------------------------------------
     def identity(self) -> Permutations:
-        return {g: torch.arange(self.size(g)).expand(self.shape(g)).contiguous() for g in self.groups}
+        return {g: torch.arange(self.size(g), device="cpu").expand(self.shape(g)).contiguous() for g in self.groups}
 
     def random(self, generator: torch.Generator) -> Permutations:
         """A uniformly random permutation of every group."""
-        return {g: torch.rand(self.shape(g), generator=generator).argsort(-1) for g in self.groups}
+        return {g: torch.rand(self.shape(g), generator=generator, device="cpu").argsort(-1) for g in self.groups}
 
     def validate(self, perms: Perms) -> None:
         """Raises BadInput unless each entry is a permutation of one of the spec's groups."""
@@ -119,7 +119,7 @@ class PermutationSpec:
                 raise BadInput(f"permutation {name!r} is not a group of the spec ({self.architecture})")
             if tuple(p.shape) != self.shape(name):
                 raise BadInput(f"permutation {name!r} has shape {tuple(p.shape)}, expected {self.shape(name)}")
-            if not torch.equal(p.sort(-1).values, torch.arange(self.size(name)).expand(self.shape(name))):
+            if not torch.equal(p.sort(-1).values, torch.arange(self.size(name), device="cpu").expand(self.shape(name))):
                 raise BadInput(f"permutation {name!r} is not a permutation of 0..{self.size(name) - 1}")
 
     def _children_first(self) -> list[str]:
@@ -134,7 +134,9 @@ class PermutationSpec:
     def _parent_source(self, group: str, perms: Perms) -> tuple[Tensor, ...]:
         """For each position of the parents (anchor frame), their source positions: index arrays over the parents' grid."""
         names = self.groups[group].parents
-        grids = torch.meshgrid(*(torch.arange(self.size(p)) for p in names), indexing="ij") if names else ()
+        grids = (
+            torch.meshgrid(*(torch.arange(self.size(p), device="cpu") for p in names), indexing="ij") if names else ()
+        )
         at = dict(zip(names, grids, strict=True))
         out = []
         for p in names:
@@ -149,7 +151,7 @@ class PermutationSpec:
             a, b = first.get(g), second.get(g)
             if a is None and b is None:
                 continue
-            eye = torch.arange(self.size(g)).expand(self.shape(g))
+            eye = torch.arange(self.size(g), device="cpu").expand(self.shape(g))
             a, b = (eye if a is None else a), (eye if b is None else b)
             # position i of the result is position b[i] of the middle one, whose parents sit at their own source
             moved = a[self._parent_source(g, second)] if self.groups[g].parents else a
@@ -163,7 +165,7 @@ class PermutationSpec:
             if g not in perms and not any(p in perms for p in self.groups[g].parents):
                 continue
             p = perms.get(g)
-            p = torch.arange(self.size(g)).expand(self.shape(g)) if p is None else p
+            p = torch.arange(self.size(g), device="cpu").expand(self.shape(g)) if p is None else p
             back = p.argsort(-1)
             out[g] = back[self._parent_source(g, out)] if self.groups[g].parents else back
         return out
@@ -174,7 +176,7 @@ class PermutationSpec:
         moving = [g for g in axis.layout.groups() if g in perms]
         if not moving:
             return None
-        at = {k: torch.tensor([v]) for k, v in (env or {}).items()}
+        at = {k: torch.tensor([v], device="cpu") for k, v in (env or {}).items()}
         return source_index(axis.layout, perms, self.size, self.parents, at)[0]
 
     def crossing(self, name: str) -> dict[int, str]:

@@ -54,9 +54,9 @@ def _paths(layout: Layout, spec: PermutationSpec) -> Iterator[tuple[list[str | i
         n = 1
         for w in widths:
             n *= w
-        choices: list[tuple[list[str | int], Tensor]] = [([], torch.zeros(1, dtype=torch.int64))]
+        choices: list[tuple[list[str | int], Tensor]] = [([], torch.zeros(1, dtype=torch.int64, device="cpu"))]
         for f, w in zip(segment, widths, strict=True):
-            parts = list(_paths(f, spec)) if isinstance(f, Layout) else [([f], torch.arange(w))]
+            parts = list(_paths(f, spec)) if isinstance(f, Layout) else [([f], torch.arange(w, device="cpu"))]
             choices = [
                 ([*names, *more], (at[:, None] * w + p[None, :]).reshape(-1))
                 for names, at in choices
@@ -82,7 +82,7 @@ def views(spec: PermutationSpec) -> list[View]:
                 order = [names.index(g) for g in signature]
                 order += [k for k in range(len(names)) if k not in order]
                 sizes = tuple(factor_size(f, spec.size) for f in names)
-                all_in_order = positions.numel() == whole and torch.equal(positions, torch.arange(whole))
+                all_in_order = positions.numel() == whole and torch.equal(positions, torch.arange(whole, device="cpu"))
                 out.append(View(tensor, a, signature, None if all_in_order else positions, sizes, tuple(order)))
     return out
 

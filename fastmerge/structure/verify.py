@@ -30,7 +30,7 @@ def shaken(model: nn.Module, seed: int) -> dict[str, Tensor]:
     state = {}
     for name, t in model.state_dict().items():
         if t.is_floating_point() and t.ndim > 0:
-            noise = torch.rand(t.shape, generator=g).to(t) - 0.5
+            noise = torch.rand(t.shape, generator=g, device="cpu").to(t) - 0.5
             spread = t.detach().float().std(unbiased=False).clamp(min=0.02).to(t)
             state[name] = t.detach() * (1 + 0.5 * noise) + (0 if name.endswith("running_var") else 1) * spread * noise
         else:

@@ -121,12 +121,12 @@ class Zipper:
     def target(self, name: str, a: AxisSpec, model: int, labels: Labels) -> Tensor:
         """The merged position that each position of one model's axis goes to."""
         size = a.layout.size(self.spec.size)
-        out = torch.arange(size)
+        out = torch.arange(size, device="cpu")
         for v in self.by_axis[name, a.axis]:
             if v.signature in labels:
                 label = labels[v.signature]
                 n = label.numel() // 2
-                positions = v.rows_of_axis(torch.arange(size)[:, None])  # [units, fixed positions]
+                positions = v.rows_of_axis(torch.arange(size, device="cpu")[:, None])  # [units, fixed positions]
                 out[positions.reshape(-1)] = positions[label[model * n : (model + 1) * n]].reshape(-1)
         return out
 
@@ -134,20 +134,20 @@ class Zipper:
         if not any(v.signature in labels for v in self.by_axis[name, a.axis]):
             return tensor
         size = tensor.shape[a.axis]
-        target, share = self.target(name, a, model, labels), torch.ones(size)
+        target, share = self.target(name, a, model, labels), torch.ones(size, device="cpu")
         for v in self.by_axis[name, a.axis]:
             if v.signature not in labels:
                 continue
             label = labels[v.signature]
             n = label.numel() // 2
-            positions = v.rows_of_axis(torch.arange(size)[:, None])  # [units, fixed positions]
+            positions = v.rows_of_axis(torch.arange(size, device="cpu")[:, None])  # [units, fixed positions]
             mine = label[model * n : (model + 1) * n]
             if a.role != "in":  # 2 · merge: the two models' parts are averaged afterwards
                 weight = 2.0 / torch.bincount(label, minlength=n)[mine].float()
                 share[positions.reshape(-1)] = weight[:, None].expand_as(positions).reshape(-1)
         shape = [1] * tensor.ndim
         shape[a.axis] = size
-        if not torch.equal(share, torch.ones(size)):
+        if not torch.equal(share, torch.ones(size, device="cpu")):
             tensor = tensor * share.view(shape).to(tensor)
         return torch.zeros_like(tensor).index_add_(a.axis, target.to(tensor.device), tensor)
 
@@ -177,7 +177,7 @@ def from_permutations(spec: PermutationSpec, unit: Unit, perms: Mapping[str, Ten
     out: Labels = {}
     for s in unit.signatures:
         columns = matched_columns(spec, s, perms)
-        out[s] = torch.cat([torch.arange(columns.numel()), columns.argsort()])
+        out[s] = torch.cat([torch.arange(columns.numel(), device="cpu"), columns.argsort()])
     return out
 
 
@@ -249,10 +249,10 @@ class ZipSearch(Search):
             else:
                 g = self.spec.size(s[0])
                 c = n // g
-                label = torch.empty(2 * n, dtype=torch.int64)
+                label = torch.empty(2 * n, dtype=torch.int64, device="cpu")
                 for h in range(g):
                     a, b = h * c, n + int(pairing[s[0]][h]) * c
-                    members = torch.cat([torch.arange(a, a + c), torch.arange(b, b + c)])
+                    members = torch.cat([torch.arange(a, a + c, device="cpu"), torch.arange(b, b + c, device="cpu")])
                     match = zip_match(matrix[members][:, members], dense=False)
                     label[members] = match.label + a
                     scores.append(float(match.score.double().mean()))

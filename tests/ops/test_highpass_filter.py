@@ -234,3 +234,16 @@ def test_what_two_passes_leave_to_others():
     assert thin < 0.25 * 4 * 128256 * 2048
     whole = bytes_held((128256, 2048), torch.float32, 0.0, mask="radial", ring_double=False)
     assert whole == 3 * 4 * 128256 * 2048
+
+
+@pytest.mark.parametrize(("mask", "ring"), [("radial", False), ("disc_min", True), ("disc_max", False)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_huge_cutoff_is_the_largest_one_that_differs(mask, ring, backend):
+    x = torch.randn(33, 20, generator=torch.Generator().manual_seed(0))
+    largest = 1.5 if mask == "radial" else 60.0
+    want = highpass_filter(x, largest, mask=mask, ring_double=ring, backend=backend)
+    for cutoff in (1e18, 1e40, 1e300, 1.7e308):
+        assert_same_bits(highpass_filter(x, cutoff, mask=mask, ring_double=ring, backend=backend), want)
+        assert torch.equal(
+            spectral_mask(33, 20, cutoff, mask, ring).bounds, spectral_mask(33, 20, largest, mask, ring).bounds
+        )
