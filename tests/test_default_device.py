@@ -100,6 +100,16 @@ def test_methods(name, tmp_path):
     same(load(tmp_path / "out"), want, f"{name}, folders")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_where_the_gpu_is_the_default(name, device):
+    base, models = family(name)
+    want = fm.merge(name, base, models, device=device, **options_of(name))
+    with torch.device("cuda"):
+        same(fm.merge(name, base, models, device=device, **options_of(name)), want, name)
+
+
 def test_experts_of_free(tmp_path):
     base, models = family("fr")
     folders = [save(tmp_path / str(i), state) for i, state in enumerate(models)]
