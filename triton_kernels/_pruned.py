@@ -53,6 +53,13 @@ class Key:
         return isinstance(other, Key) and other.mask is self.mask
 
 
+@functools.lru_cache(maxsize=64)
+def mask_tables(key: Key, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mask's bounds [T, H, 2] and ring [R, 2], int32, on the device: copied once, so that calls need no copy (and a
+    captured graph none that would read host memory again)."""
+    return key.mask.bounds.to(device), key.mask.ring.to(device)
+
+
 @functools.lru_cache(maxsize=256)
 def thin_axis(key: Key) -> tuple[int, int]:
     """(removed frequencies of the axis contracted first, its length)."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, jit, launch, target, tl, upload, warps
+from ._jit import INTERPRETING, jit, launch, target, tl, warps
+from ._pruned import Key, mask_tables
 from ._staged_long import lanes, long_columns_kernel, long_rows_back_kernel, long_rows_forward_kernel
 from ._staged_long import tables as three_tables
 from ._stages import (
@@ -211,7 +212,7 @@ def one_tile(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, add_ba
     tables = mask.bounds.shape[0]
     launch(
         one_tile_kernel, (batch,), *source, matrix(height, ph, device), matrix(width, pw, device),
-        upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device), len(mask.ring), out,
+        *mask_tables(Key(mask), device), len(mask.ring), out,
         int(mask.columns[-1]) + 1, height, width, 1.0 / (height * width * tables), ADD_BASE=add_base, TABLES=tables,
         PRECISION=precision, PH=ph, PW=pw, num_warps=warps(4), device=device, **flags,
     )  # fmt: skip
@@ -245,7 +246,7 @@ def three_launches(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, 
 
 def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[str, Any]) -> None:
     tall, n1, device = plan.tall, plan.rows.n1, spectrum.device
-    upon = upload(mask.bounds, torch.int32, device), upload(mask.ring, torch.int32, device), len(mask.ring)
+    upon = *mask_tables(Key(mask), device), len(mask.ring)
     share = 1.0 / (mask.height * mask.width * meta["TABLES"])
     hopper = (
         not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9

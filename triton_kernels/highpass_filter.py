@@ -19,6 +19,7 @@ then takes its addresses and weights from its matrix's row of a table.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from ._jit import (
     upload,
     wide_dtype,
 )
-from ._pruned import Key, Mask, products, pruned, thin_axis, transformed
+from ._pruned import Key, Mask, mask_tables, products, pruned, thin_axis, transformed
 from ._staged import one_tile, three_launches
 from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
@@ -248,6 +249,14 @@ def _staged(source, flags, out, mask, batch, _compute, add_base, tf32):  # type:
     run(source, flags, out, mask, batch, add_base, products(tf32))
 
 
+@functools.lru_cache(maxsize=64)
+def _fft_tables(key: Key, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask's lower and upper bounds [T, H], and the flat indices of its ring's bins."""
+    bounds, ring = mask_tables(key, device)
+    ring = ring.long()
+    return bounds[..., 0].contiguous(), bounds[..., 1].contiguous(), ring[:, 0] * (key.mask.width // 2 + 1) + ring[:, 1]
+
+
 def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # type: ignore[no-untyped-def]
     height, width, device = mask.height, mask.width, out.device
     size, half, tables = height * width, width // 2 + 1, mask.bounds.shape[0]
@@ -260,17 +269,15 @@ def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # 
     spectrum = transformed(torch.fft.rfft2, value, flags)
     del value
     bad = (~torch.view_as_real(spectrum[:, 0, 0]).isfinite().all(-1)).to(torch.int32)  # the sum of all elements
-    low, high = (upload(mask.bounds[..., i].contiguous(), torch.int32, device) for i in (0, 1))
-    ring = mask.ring.long()
+    low, high, where = _fft_tables(Key(mask), device)
     bins = spectrum.view(batch, -1)
-    where = upload(ring[:, 0] * half + ring[:, 1], torch.int64, device)
-    raised = bins[:, where] / tables
+    raised = bins[:, where] / tables if len(where) else None
     rows, tile = (1024, 128) if INTERPRETING else (4, 256)
     launch(
         gain_kernel, (triton.cdiv(batch * height, rows), triton.cdiv(2 * half, tile)), torch.view_as_real(spectrum),
         low, high, batch * height, height, half, 1.0 / tables, TABLES=tables, ROWS=rows, BLOCK=tile, device=device,
     )  # fmt: skip
-    if len(ring):
+    if raised is not None:
         bins.index_add_(1, where, raised)
     value = transformed(lambda s: torch.fft.irfft2(s, s=(height, width)), spectrum, flags)
     launch(finish_kernel, (triton.cdiv(n, block), matrices), value, source[0], bad, out, n, size, flags["table_ptr"],

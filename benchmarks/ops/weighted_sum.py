@@ -8,7 +8,7 @@ N = 4096 * 4096
 def plain_torch(base, models, weight, **_):  # type: ignore[no-untyped-def]
     """What a user writes: stack the deltas, weigh, sum, add."""
     deltas = torch.stack([m - base for m in models])
-    w = torch.tensor(weight, dtype=base.dtype).view(-1, *[1] * base.ndim)
+    w = torch.tensor(weight, dtype=base.dtype, device=base.device).view(-1, *[1] * base.ndim)
     return base + (deltas * w).sum(0)
 
 

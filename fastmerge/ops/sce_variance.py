@@ -16,14 +16,16 @@ from .threshold import native_arrays
 def variance_of(deltas: Sequence[Tensor]) -> Tensor:
     """Population variance over the deltas, exactly 0 where they are all equal: deviations are taken from the first."""
     shifted = [d - deltas[0] for d in deltas[1:]]
+    # A divisor on the inputs' device: by a number, a GPU multiplies by its reciprocal.
+    count = torch.tensor(len(deltas), dtype=deltas[0].dtype, device=deltas[0].device)
     mean = torch.zeros_like(deltas[0])
     for s in shifted:
         mean = mean + s
-    mean = mean / len(deltas)
+    mean = mean / count
     squares = mean * mean  # the first one's own deviation
     for s in shifted:
         squares = squares + (s - mean) * (s - mean)
-    return squares / len(deltas)
+    return squares / count
 
 
 @op(numerics="A", kind="elementwise")
