@@ -139,10 +139,18 @@ class Launches:
         chosen, reasons = executor(self.device)
         if chosen is None:
             raise RuntimeError(f"CUDA kernels can not run: {reasons}")
+        # One copy to the device for the tables of all launches; each table begins at a multiple of 16 bytes.
+        tables = bytearray()
+        queue: list[tuple[str, int, slice, slice, int]] = []
         for kernel, entries in self.tasks.items():
-            table = np.stack([np.asarray(task) for task, _ in entries])
+            places: list[slice] = []
             ends = np.cumsum([0] + [blocks for _, blocks in entries])
-            tasks = upload(table, self.device)
-            first = upload(ends[:-1].astype(np.uint32), self.device)
-            chosen.launch(kernel, int(ends[-1]), self.shared[kernel], tasks, first, len(entries))
+            for table in (np.stack([np.asarray(task) for task, _ in entries]), ends[:-1].astype(np.uint32)):
+                places.append(slice(len(tables), len(tables) + table.nbytes))
+                tables += table.tobytes() + bytes(-table.nbytes % 16)
+            queue.append((kernel, int(ends[-1]), places[0], places[1], len(entries)))
+        if queue:
+            there = upload(np.frombuffer(tables, np.uint8), self.device)
+        for kernel, blocks, tasks, first, count in queue:
+            chosen.launch(kernel, blocks, self.shared[kernel], there[tasks], there[first], count)
         self.tasks.clear()

@@ -2,9 +2,9 @@
 #pragma once
 #include "cuda.cuh"
 
-#define FM_SUM_BLOCK 65536
-#define FM_ELEMENTS 16  // of a tile, per thread
-#define FM_ALIGNED 2    // a task's flag: all its addresses are aligned for packs
+// Sums are taken over blocks of 65536 elements; a CUDA block owns a part of one: 256 threads, 16 elements each.
+#define FM_ELEMENTS 16
+#define FM_ALIGNED 2  // a task's flag: all its addresses are aligned for packs
 
 // N elements from index `at` of an array of n, zeros beyond its end, as floats.
 template <class T, int N>

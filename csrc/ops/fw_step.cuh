@@ -5,7 +5,7 @@
 
 struct StepTask {
   u64 theta, s, g;  // s = 0: the zero vertex; g = 0: no products
-  u64 sums;         // float [blocks][2]
+  u64 sums;         // float [2][parts]
   i64 n, flags;     // FM_ALIGNED
   float gamma;
   int unused;
@@ -17,8 +17,7 @@ __device__ __forceinline__ void fw_step(const StepTask* tasks, const u32* first_
   FM_SHARED StepTask t;
   const u32 block = fetch_task(tasks, first_block, count, &t);
   const bool aligned = (t.flags & FM_ALIGNED) != 0;
-  // Products are summed over the sum blocks of fw_products; without them smaller blocks fill a GPU sooner.
-  const u32 most = PRODUCTS ? FM_SUM_BLOCK : FM_THREADS * FM_ELEMENTS;
+  const u32 most = FM_THREADS * FM_ELEMENTS;  // with products: a part of a sum block, as in fw_products
   const i64 begin = (i64)block * most;
   const u32 length = t.n - begin < most ? (u32)(t.n - begin) : most;
   T* theta = (T*)t.theta + begin;
@@ -58,7 +57,7 @@ __device__ __forceinline__ void fw_step(const StepTask* tasks, const u32* first_
     const u32 k = threadIdx.x / 32;
     if (k < 2) {
       const float sum = add_column(partial + k * FM_THREADS, threadIdx.x % 32);
-      if (threadIdx.x % 32 == 0) store((float*)t.sums + (i64)block * 2 + k, sum);
+      if (threadIdx.x % 32 == 0) store((float*)t.sums + k * ((t.n + (most - 1)) / most) + block, sum);
     }
   }
 }

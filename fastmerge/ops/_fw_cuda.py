@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .. import _cuda
 
-BLOCK = 65536  # FM_SUM_BLOCK
-TOGETHER = 12  # candidates of one launch: their partial sums leave room for three blocks on every GPU
+BLOCK = 65536  # elements whose sum is a float32
+TOGETHER = 12  # FM_TOGETHER, candidates of one launch: their partial sums leave room for three blocks on every GPU
 CHUNK = 256 * BLOCK  # elements of a candidate on its way from the host
+PART = 16 * _cuda.THREADS  # elements of a sum block that a CUDA block owns: FM_ELEMENTS a thread
 
-_PRODUCTS = np.dtype([("g", "u8"), ("s", "u8"), ("sums", "u8"), ("n", "i8"), ("candidates", "i8"), ("flags", "i8")])
-_TOTALS = np.dtype([("sums", "u8"), ("totals", "u8"), ("blocks", "i8"), ("width", "i8")])
+_PRODUCTS = np.dtype(
+    [("g", "u8"), ("sums", "u8"), ("s", "u8", TOGETHER), ("n", "i8"), ("candidates", "i8"), ("flags", "i8")]
+)
+_TOTALS = np.dtype([("sums", "u8"), ("at", "u8", 2 * TOGETHER + 1), ("parts", "i8"), ("of_block", "i8")])
 _STEP = np.dtype(
     [("theta", "u8"), ("s", "u8"), ("g", "u8"), ("sums", "u8"), ("n", "i8"), ("flags", "i8"), ("gamma", "f4"),
      ("unused", "i4")]
@@ -28,60 +31,72 @@ def _aligned(*tensors: Tensor) -> int:
     return _ALIGNED if all(t.data_ptr() % 16 == 0 for t in tensors) else 0
 
 
-def add_totals(launches: _cuda.Launches, sums: Tensor, totals: Tensor) -> None:
-    """Adds block sums [blocks, width] to float64 totals [width], in index order."""
-    task: Any = np.zeros((), _TOTALS)
-    task["sums"], task["totals"] = launches.keep(sums), launches.keep(totals)
-    task["blocks"], task["width"] = sums.shape
-    launches.add("fw_totals_kernel", task, 1)
+class Sums:
+    """Sums that launches write, [columns, parts], and the float64 totals that they are added to after them."""
+
+    def __init__(self, launches: _cuda.Launches) -> None:
+        self.launches = launches
+        self.waiting: list[tuple[Any, int]] = []
+
+    def make(self, n: int, at: Sequence[int]) -> int:
+        """The address of the sums of n elements; `at` has the address of each column's total, 0 where none is wanted."""
+        parts = -(-n // PART)
+        sums = torch.empty(len(at), parts, dtype=torch.float32, device=self.launches.device)
+        task: Any = np.zeros((), _TOTALS)
+        task["sums"], task["parts"], task["of_block"] = self.launches.keep(sums), parts, BLOCK // PART
+        task["at"][: len(at)] = at
+        self.waiting.append((task, len(at)))
+        return sums.data_ptr()
+
+    def run(self) -> None:
+        """Queues all launches: the totals after every kernel that writes sums."""
+        for task, columns in self.waiting:
+            self.launches.add("fw_totals_kernel", task, columns)
+        self.launches.run()
 
 
 def products(
     gradients: Sequence[Tensor], candidates: Sequence[Sequence[Tensor]], norms: bool, totals: Tensor
 ) -> Tensor:
     """Adds the products of L tensors to `totals` [L, 2K + 1] (dots, squares, |g|²) on the device, and returns it."""
-    launches = _cuda.Launches(gradients[0].device)
+    sums = Sums(_cuda.Launches(totals.device))
     count = len(candidates)
-    parts: list[tuple[int, list[int], Tensor]] = []  # (tensor, its candidates, their totals)
     for n, gradient in enumerate(gradients):
-        if gradient.numel() == 0:
-            continue
-        # Candidates of one dtype share a launch. A gradient below float32 meets only candidates of its own dtype there.
+        # Candidates of one dtype share a launch.
         groups: dict[torch.dtype, list[int]] = {}
         for k in range(count):
             groups.setdefault(candidates[k][n].dtype, []).append(k)
-        for dtype, members in groups.items():
-            g = (gradient if gradient.dtype in (torch.float32, dtype) else gradient.float()).contiguous()
+        for members in groups.values():
             for begin in range(0, len(members), TOGETHER):
                 chosen = members[begin : begin + TOGETHER]
-                parts.append((n, chosen, _add_products(launches, g, [candidates[k][n] for k in chosen], norms)))
-                start = [totals[n, k] for k in chosen] + [totals[n, count + k] for k in chosen] + [totals[n, 2 * count]]
-                parts[-1][2].copy_(torch.stack(start))
-    launches.run()
-    for n, chosen, sums in parts:
-        at = torch.tensor(chosen, device=totals.device)
-        totals[n, at] = sums[: len(chosen)]
-        if norms:
-            totals[n, count + at] = sums[len(chosen) : -1]
-        totals[n, 2 * count] = sums[-1]
+                at = _totals_of(totals[n], chosen, norms)
+                _add_products(sums, gradient, [candidates[k][n] for k in chosen], norms, at)
+    sums.run()
     return totals
 
 
-def _add_products(launches: _cuda.Launches, g: Tensor, pool: Sequence[Tensor], norms: bool) -> Tensor:
-    """Adds the launches for one tensor and up to TOGETHER candidates of one dtype; returns where the totals will be."""
-    k, blocks = len(pool), -(-g.numel() // BLOCK)
+def _totals_of(row: Tensor, chosen: Sequence[int], norms: bool) -> list[int]:
+    """Where the totals of some candidates are in a tensor's row; |g|² goes with the last candidate, once."""
+    count = len(row) // 2
+    columns = [*chosen, *((count + k if norms else -1) for k in chosen), 2 * count if count - 1 in chosen else -1]
+    return [0 if c < 0 else row.data_ptr() + c * row.stride(0) * row.element_size() for c in columns]
+
+
+def _add_products(sums: Sums, gradient: Tensor, pool: Sequence[Tensor], norms: bool, at: Sequence[int]) -> None:
+    """Adds the launch for one tensor and up to TOGETHER candidates of one dtype; their totals are at the addresses `at`."""
+    if gradient.numel() == 0:
+        return
+    dtype, launches = pool[0].dtype, sums.launches
+    # A gradient below float32 meets only candidates of its own dtype there.
+    g = (gradient if gradient.dtype in (torch.float32, dtype) else gradient.float()).contiguous()
     dense = [s.contiguous() for s in pool]
-    addresses = _cuda.upload(np.array([launches.keep(s) for s in dense], np.uint64), g.device)
-    sums = torch.empty(blocks, 2 * k + 1, dtype=torch.float32, device=g.device)
     task: Any = np.zeros((), _PRODUCTS)
-    task["g"], task["s"], task["sums"] = launches.keep(g), launches.keep(addresses), sums.data_ptr()
-    task["n"], task["candidates"] = g.numel(), k
+    task["g"], task["sums"] = launches.keep(g), sums.make(g.numel(), at)
+    task["s"][: len(dense)] = [launches.keep(s) for s in dense]
+    task["n"], task["candidates"] = g.numel(), len(dense)
     task["flags"] = _NORMS * norms | _aligned(g, *dense)
-    kernel = f"fw_products_kernel_{_cuda.NAMES[g.dtype]}_{_cuda.NAMES[dense[0].dtype]}"
-    launches.add(kernel, task, blocks, (2 * k + 1) * _cuda.THREADS * 4)
-    totals = torch.empty(2 * k + 1, dtype=torch.float64, device=g.device)
-    add_totals(launches, sums, totals)
-    return totals
+    kernel = f"fw_products_kernel_{_cuda.NAMES[g.dtype]}_{_cuda.NAMES[dtype]}"
+    launches.add(kernel, task, -(-g.numel() // PART), len(at) * _cuda.THREADS * 4)
 
 
 def step(
@@ -92,25 +107,24 @@ def step(
 ) -> Tensor:
     """One launch per pair of dtypes for all tensors; returns the products [L, 2] (zeros where there is no slope)."""
     device = thetas[0].device
-    launches = _cuda.Launches(device)
+    sums = Sums(launches := _cuda.Launches(device))
     totals = torch.zeros(len(thetas), 2, dtype=torch.float64, device=device)
-    waiting = []
     for n, (theta, s, gamma, g) in enumerate(zip(thetas, ends, gammas, slopes, strict=True)):
+        if theta.numel() == 0:
+            continue
         task: Any = np.zeros((), _STEP)
         task["theta"], task["n"], task["gamma"] = launches.keep(theta), theta.numel(), gamma
         task["s"] = 0 if s is None else launches.keep(s)
         task["flags"] = _aligned(theta, *(t for t in (s, g) if t is not None))
         pair = f"{_cuda.NAMES[theta.dtype]}_{_cuda.NAMES[theta.dtype if s is None else s.dtype]}"
+        blocks = -(-theta.numel() // PART)
         if g is None:
-            launches.add(f"fw_step_kernel_{pair}", task, -(-theta.numel() // (_cuda.THREADS * 16)))
+            launches.add(f"fw_step_kernel_{pair}", task, blocks)
             continue
-        sums = torch.empty(-(-theta.numel() // BLOCK), 2, dtype=torch.float32, device=device)
-        task["g"], task["sums"] = launches.keep(g), sums.data_ptr()
-        launches.add(f"fw_step_products_kernel_{pair}", task, len(sums), 2 * _cuda.THREADS * 4)
-        waiting.append((n, sums))
-    for n, sums in waiting:  # after the kernels that write the sums
-        add_totals(launches, sums, totals[n])
-    launches.run()
+        place = totals.data_ptr() + n * 16
+        task["g"], task["sums"] = launches.keep(g), sums.make(theta.numel(), (place, place + 8))
+        launches.add(f"fw_step_products_kernel_{pair}", task, blocks, 2 * _cuda.THREADS * 4)
+    sums.run()
     return totals
 
 
@@ -188,10 +202,8 @@ def streamed_products(
             send(i + 1)
         lanes.ready(i % 2)
         g = gradients[n].reshape(-1)[begin : begin + chunk]
-        row = torch.stack([totals[n, k], totals[n, count + k], totals[n, 2 * count]]).reshape(1, 3)
-        products([g], [[sent.pop(i)]], norms, row)
-        totals[n, k], totals[n, count + k] = row[0, 0], row[0, 1]
-        if k == count - 1:
-            totals[n, 2 * count] = row[0, 2]
+        sums = Sums(_cuda.Launches(totals.device))
+        _add_products(sums, g, [sent.pop(i)], norms, _totals_of(totals[n], [k], norms))
+        sums.run()
         lanes.used(i % 2)
     return totals

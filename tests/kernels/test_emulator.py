@@ -164,6 +164,43 @@ def test_feeding_in_pieces_and_many_candidates_give_the_same_bits(emulator):
     assert_close(whole.dots, exact, "reduction32")
 
 
+def test_candidates_of_several_dtypes_give_the_bits_of_each_alone(emulator):
+    gen = torch.Generator().manual_seed(0)
+    g, *pool = (torch.randn(BLOCK + 5000, generator=gen) for _ in range(6))
+    types = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16]
+    pool = [s.to(t) for s, t in zip(pool, types, strict=True)]
+    for gradient in (g, g.bfloat16()):
+        emulator.launches.clear()
+        got = fw_products(gradient, pool, backend="cuda")
+        kernels = [kernel for kernel, _, _ in emulator.launches]
+        assert (len(kernels), kernels[-1]) == (4, "fw_totals_kernel")  # after all sums
+        for k, s in enumerate(pool):
+            alone = fw_products(gradient, [s], backend="cuda")
+            assert_same_bits(got.dots[k], alone.dots[0])
+            assert_same_bits(got.sqnorms[k], alone.sqnorms[0])
+        assert_same_bits(got.grad_sqnorm, alone.grad_sqnorm)
+        assert_close(got.dots, fw_products(gradient, pool, backend="reference").dots, "reduction32")
+
+
+@pytest.mark.parametrize("blocks", [1, 1024, 2 * 1024 + 7])
+def test_totals_of_many_blocks_are_added_in_index_order(emulator, blocks):
+    parts = blocks * BLOCK // _fw_cuda.PART - 3  # the last block has fewer
+    sums = _fw_cuda.Sums(launches := _cuda.Launches(torch.device("cpu")))
+    totals = torch.tensor([0.1, -7.0, 1e9], dtype=torch.float64)
+    want = totals.tolist()
+    sums.make(parts * _fw_cuda.PART - 1, [totals.data_ptr(), 0, totals.data_ptr() + 16])
+    values = launches.alive[-1]
+    values.copy_(torch.randn(3, parts, generator=torch.Generator().manual_seed(0)))
+    sums.run()
+    for column in (0, 2):
+        for block in np.split(values[column].numpy(), range(16, parts, 16)):
+            one = block[0]
+            for part in block[1:]:
+                one += part  # float32
+            want[column] += float(one)
+    assert totals.tolist() == want
+
+
 def test_products_of_the_step(emulator):
     gen = torch.Generator().manual_seed(0)
     shapes = [(BLOCK + 5,), (33, 7), ()]
