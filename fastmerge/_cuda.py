@@ -111,7 +111,7 @@ def why_not(*tensors: Tensor, dtypes: Sequence[torch.dtype] = tuple(NAMES)) -> s
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """The bytes of a host array on `device`, queued on its current stream."""
     host = torch.from_numpy(np.frombuffer(bytearray(array.tobytes()), dtype=np.uint8))
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host if device.type == "cpu" else _native.to_device(host, device)
 
 
 class Launches:

@@ -147,6 +147,18 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return out
 
 
+_captured: list[torch.Tensor] = []
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a GPU, queued behind pinned memory. A CUDA graph that is being captured copies from that memory again at
+    every replay, so that it then stays for good."""
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
 def cpu_why_not(*tensors: torch.Tensor) -> str | None:
     """The common guard of CPU backends: native module loaded, dense CPU tensors of a supported dtype, no gradient."""
     reason = why_not()

@@ -33,3 +33,17 @@ def test_matrices_filtered_together_have_the_bits_of_each_alone():
         for i, (x, got) in enumerate(zip(every, together, strict=True)):
             assert torch.equal(got.isnan(), torch.full_like(got, i == 2, dtype=torch.bool))
             assert torch.equal(got.nan_to_num(), ops.highpass_filter(x, cutoff, backend="triton").nan_to_num())
+
+
+def test_a_graph_keeps_the_tables_it_copies():
+    """Replays read host memory again: it must not have gone to somebody else meanwhile."""
+    base, *models = (torch.randn(300, 300, device="cuda") for _ in range(3))
+    want = ops.abs_sum(base, models)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ops.abs_sum(base, models)
+    others = [torch.full((n,), -1, dtype=torch.int64).pin_memory() for n in range(1, 200)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got.cpu(), want.cpu())
+    assert len(others) == 199

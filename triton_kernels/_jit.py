@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmerge import _native
+
 try:
     import triton
     import triton.language as tl
@@ -99,7 +101,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 def upload(values: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, copied from pinned memory so that the host does not wait."""
     table = torch.as_tensor(values, dtype=dtype)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return _native.to_device(table, device) if device.type == "cuda" else table
 
 
 @jit

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastmerge import _native
+
 from ._jit import (
     address,
     aligned,
@@ -315,6 +317,6 @@ def _l1_coefficients(group: list[Job], sums: Tensor, block: int, compute: torch.
     whole, part = norms.unbind(-1)
     factor = torch.where((whole < _FLOOR) | (part < _FLOOR), 1.0, whole / part)
     weights = torch.tensor([j.weights for j in group], dtype=torch.float64)
-    weights = weights.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else weights
+    weights = _native.to_device(weights, device) if device.type == "cuda" else weights
     product = (weights * factor).to(compute).reshape(-1)
     return product.view(torch.int64 if compute == torch.float64 else torch.int32).to(torch.int64)

@@ -43,12 +43,13 @@ from ._pruned import Key, Mask, mask_tables, products, pruned, thin_axis, transf
 from ._staged import one_tile, three_launches
 from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
-FLOPS_PER_BYTE = 49  # an H100's 3xTF32 flops for each byte its memory moves: 495e12 / 3 / 3.35e12 (data sheet)
-_FFT_BYTES = 56  # moved for each element by the fft form: 14 passes of 4 bytes (first, 2 x 4 transform, 2 mask, last)
+# Measured on an H100 (docs/gpu.md), 2.77 TB/s: a matrix product of three tf32 makes this many flops while a byte moves,
+FLOPS_PER_BYTE = 7.3
+_STAGED = 0.88  # of a flop's time there, a flop of the staged form takes this,
+_FFT_BYTES = 90  # and for each element the fft form takes the time of so many bytes: 48 to 60 of them cuFFT's pair,
+_FFT_LAUNCHES = 4.2e8  # besides those of its many launches, 150 microseconds a matrix
 TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
-_STAGED_SLOWER = 2  # small products, operands rearranged between them: assumed to run at half the rate of long ones,
-_THREE_STAGES_SLOWER = 8 / 3  # and at three eighths of it where registers leave room for 8 warps only
 _PRUNED_BYTES = 12  # by the pruned form: x twice, out once
 
 
@@ -82,9 +83,8 @@ def costs(mask: Mask) -> dict[str, float]:
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
         data = (8 if plan.keep else 12) + 16 * plan.share
-        slower = _THREE_STAGES_SLOWER if max(plan.rows.n3, plan.tall.n3) > 1 else _STAGED_SLOWER
-        found["staged"] = data + slower * flops(plan, mask.rows) / FLOPS_PER_BYTE
-    return found | {"fft": _FFT_BYTES}
+        found["staged"] = data + _STAGED * flops(plan, mask.rows) / FLOPS_PER_BYTE
+    return found | {"fft": _FFT_BYTES + _FFT_LAUNCHES / (mask.height * mask.width)}
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
