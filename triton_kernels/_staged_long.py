@@ -38,6 +38,15 @@ def lanes() -> tuple[int, int]:
     return (1 if target().backend == "cuda" and target().arch // 10 == 12 else 2), 4
 
 
+def spills(rows: Stages) -> bool:
+    """Whether the row kernels of these three stages spill on this GPU (40 to 58 words, measured by compiling): `form` then
+    takes another form. Masks of stages below 16 take the registers that two targets do not have."""
+    if INTERPRETING or rows.n3 == 1 or not torch.cuda.is_available() or target().backend != "cuda":
+        return False
+    few = {8: rows[:2], 12: rows}.get(target().arch // 10, (LONG,))
+    return min(few) < LONG
+
+
 @jit
 def _square(tables_ptr, which: tl.constexpr, P: tl.constexpr):
     """The matrix of a stage."""

@@ -41,6 +41,7 @@ from ._jit import (
 )
 from ._pruned import Key, Mask, mask_tables, products, pruned, thin_axis, transformed
 from ._staged import one_tile, three_launches
+from ._staged_long import spills
 from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
 # Measured on an H100 (docs/gpu.md), 2.77 TB/s: a matrix product of three tf32 makes this many flops while a byte moves,
@@ -81,7 +82,7 @@ def costs(mask: Mask) -> dict[str, float]:
         "pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length
     }  # the thin panel's own transforms
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
-    if plan is not None:
+    if plan is not None and not spills(plan.rows):
         data = (8 if plan.keep else 12) + 16 * plan.share
         found["staged"] = data + _STAGED * flops(plan, mask.rows) / FLOPS_PER_BYTE
     return found | {"fft": _FFT_BYTES + _FFT_LAUNCHES / (mask.height * mask.width)}

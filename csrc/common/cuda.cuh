@@ -20,10 +20,9 @@ typedef long long i64;
   extern __shared__ uint4 fm_shared[]; \
   T* name = (T*)fm_shared
 // An entry point: three arguments of 8, 8 and 4 bytes, whatever the kernel.
-#define FM_BOUNDED_KERNEL(bounds, name, Task, ...)                 \
-  extern "C" __global__ void __launch_bounds__ bounds              \
-      name(const Task* tasks, const u32* first_block, u32 count) { \
-    __VA_ARGS__(tasks, first_block, count);                        \
+#define FM_BOUNDED_KERNEL(bounds, name, Task, ...)                                                                 \
+  extern "C" __global__ void __launch_bounds__ bounds name(const Task* tasks, const u32* first_block, u32 count) { \
+    __VA_ARGS__(tasks, first_block, count);                                                                        \
   }
 #define FM_KERNEL(...) FM_BOUNDED_KERNEL((FM_THREADS), __VA_ARGS__)
 // One that leaves room for four blocks on a multiprocessor: at most 64 registers.
