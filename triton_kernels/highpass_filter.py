@@ -64,11 +64,17 @@ def form(mask: Mask, compute: torch.dtype) -> Form:
 
     A matrix that fits a tile (32 x 32) is staged: one launch. docs/gpu.md has the crossovers.
     """
+    return _form(Key(mask), compute)
+
+
+@functools.lru_cache(maxsize=256)
+def _form(key: Key, compute: torch.dtype) -> Form:
+    mask = key.mask
     if compute == torch.float64:
         return Form("fft", "float64 goes through torch.fft")
     if max(mask.height, mask.width) <= TILE:
         return Form("staged", f"{mask.height} x {mask.width} fits in a tile: one launch")
-    thin, length = thin_axis(Key(mask))
+    thin, length = thin_axis(key)
     estimate = costs(mask)
     name = min(estimate, key=lambda n: estimate[n])
     each = ", ".join(f"{n} {c:.0f}" for n, c in estimate.items())

@@ -11,9 +11,8 @@ def torch_topk(base, model, density, *, offset=0):  # type: ignore[no-untyped-de
     delta = model.float() - base.float()
     index = delta.abs().topk(int(density * delta.shape[-1]), dim=-1).indices.sort(dim=-1).values
     value = delta.gather(-1, index)
-    return (index + torch.arange(len(index), device=index.device)[:, None] * delta.shape[-1]).view(
-        -1
-    ) + offset, value.view(-1)
+    start = torch.arange(len(index), device=index.device)[:, None] * delta.shape[-1]
+    return (index + start).view(-1) + offset, value.view(-1)
 
 
 def torch_topk_alone(base, model, density, *, offset=0):  # type: ignore[no-untyped-def]

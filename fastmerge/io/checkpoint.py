@@ -86,12 +86,7 @@ class Checkpoint:
             return {}
         file = self.folder / "config.json"
         remedy = "fetch or save the checkpoint's config.json again (a folder without one can be merged, too)"
-        try:
-            loaded = json.loads(file.read_bytes())
-        except OSError as error:
-            raise BadInput(f"config.json can not be read: {error.strerror}", where=str(file), remedy=remedy) from error
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"config.json is not valid JSON ({error})", where=str(file), remedy=remedy) from error
+        loaded = _read_json(file, "config.json", remedy)
         if not isinstance(loaded, dict):
             raise BadInput("config.json is not a JSON object", where=str(file), remedy=remedy)
         return loaded
@@ -148,15 +143,19 @@ def from_state_dict(state: Mapping[str, Any], label: str, config: dict[str, Any]
     return out
 
 
+def _read_json(file: Path, what: str, remedy: str) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{what} can not be read: {error.strerror}", where=str(file), remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{what} is not valid JSON ({error})", where=str(file), remedy=remedy) from error
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Shard by tensor name, as an index says."""
     remedy = "fetch or save the checkpoint again"
-    try:
-        loaded = json.loads(index.read_bytes())
-    except OSError as error:
-        raise BadInput(f"the index can not be read: {error.strerror}", where=str(index), remedy=remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"the index is not valid JSON ({error})", where=str(index), remedy=remedy) from error
+    loaded = _read_json(index, "the index", remedy)
     found = loaded.get("weight_map") if isinstance(loaded, dict) else None
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
         raise BadInput(

@@ -10,7 +10,6 @@ from checkpoints import save
 from checks import assert_close, assert_same_bits
 from fake_device import FakeDevice
 from kernels.triton_guard import memory_guard
-from triton.runtime.interpreter import GridExecutor
 
 import fastmerge as fm
 from fastmerge import _triton
@@ -186,20 +185,6 @@ def test_merges_that_wait_go_together(monkeypatch):
     assert guard.launches == ["project_kernel", "turn_kernel", "turn_kernel", "subtract_kernel"]
     for (_, _, out), expected in zip(given, want, strict=True):
         assert_same_bits(out, expected)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the kernels launched, in order."""
-    names: list[str] = []
-    call = GridExecutor.__call__
-
-    def counting(self, *args, **kwargs):
-        names.append(self.fn.__name__)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counting)
-    return names
 
 
 def states(count, shapes=((40, 36), (20, 30))):

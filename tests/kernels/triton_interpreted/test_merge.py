@@ -7,7 +7,6 @@ import torch
 from checkpoints import save
 from checks import assert_close, assert_same_bits
 from fake_device import FakeDevice
-from triton.runtime.interpreter import GridExecutor
 
 import fastmerge as fm
 from fastmerge._dispatch import Batch
@@ -48,20 +47,6 @@ def test_a_whole_merge_equals_the_cpus(method, parameters, exact, monkeypatch):
         else:
             assert_close(got[name], want[name], "fft", name)
     assert any(not torch.equal(got[name], base[name]) for name in base)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the kernels launched, in order."""
-    names: list[str] = []
-    call = GridExecutor.__call__
-
-    def counting(self, *args, **kwargs):
-        names.append(self.fn.__name__)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counting)
-    return names
 
 
 @pytest.mark.parametrize(
