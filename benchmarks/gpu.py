@@ -42,6 +42,7 @@ class Plan:
     call: Call
     per: int  # calls of the operator in one timed call
     flush: bool  # of the L2 cache before each; a graph rotates its inputs instead
+    inputs: tuple[Call, ...] = ()  # kept alive: a graph reads their memory, and does not own it
 
     def once(self, runtime: Runtime) -> float:
         """Device seconds of one call of the operator."""
@@ -65,7 +66,7 @@ def plan(runtime: Runtime, call: Call, rotated: Callable[[], Sequence[Call]] | N
         except RuntimeError:  # it allocates, waits for the device, or looks at values: events still time it
             pass
         else:
-            return Plan("graph", graph, REPEATS, flush=False)
+            return Plan("graph", graph, REPEATS, flush=False, inputs=tuple(calls))
     return Plan("events", call, 1, flush=True)
 
 

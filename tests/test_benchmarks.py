@@ -6,6 +6,7 @@ import io
 import json
 import re
 import time
+import weakref
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -183,6 +184,24 @@ def test_a_launch_bound_call_becomes_a_graph_over_rotated_inputs():
     assert plan.once(runtime) == pytest.approx(2e-6)
     assert ran == [i % 3 for i in range(gpu.REPEATS)]
     assert runtime.log == ["elapsed"]
+
+
+def test_the_inputs_of_a_graph_live_as_long_as_its_plan():
+    class Forgetful(Pretended):
+        def capture(self, calls):
+            return lambda: None
+
+    def rotated():
+        inputs = [torch.zeros(3) for _ in range(2)]
+        alive.extend(weakref.ref(t) for t in inputs)
+        return [lambda t=t: t.add_(1) for t in inputs]
+
+    alive = []
+    plan = gpu.plan(Forgetful(device=2e-6, host=8e-6), lambda: None, rotated)
+    assert plan.how == "graph"
+    assert all(r() is not None for r in alive)
+    del plan
+    assert [r() for r in alive] == [None, None]
 
 
 def test_what_can_not_be_captured_or_repeated_keeps_events():

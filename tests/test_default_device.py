@@ -195,10 +195,12 @@ def test_the_guard_finds_what_it_must():
 
 def test_every_tensor_is_made_on_a_device_that_is_said():
     files = [p for p in sorted(PACKAGE.rglob("*.py")) if "demo" not in p.parts]  # the demonstration owns its process
+    kernels = sorted((PACKAGE.parent / "triton_kernels").glob("*.py"))
     assert len(files) > 100
+    assert len(kernels) > 10
     found = [
-        f"{file.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
-        for file in files
+        f"{file.relative_to(PACKAGE.parent)}:{node.lineno}: {ast.unparse(node)}"
+        for file in files + kernels
         for node in factories_without_device(ast.parse(file.read_text()))
     ]
     assert not found, "without device= these follow torch.set_default_device:\n" + "\n".join(found)

@@ -81,7 +81,7 @@ def bits(value: float, compute: torch.dtype) -> int:
     """The bits of `value` rounded to the compute dtype (float32 or float64), as a signed integer for `scalar`."""
     if compute == torch.float64:
         return int(struct.unpack("q", struct.pack("d", value))[0])
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:
@@ -100,7 +100,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def upload(values: Sequence[int] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, copied from pinned memory so that the host does not wait."""
-    table = torch.as_tensor(values, dtype=dtype)
+    table = torch.as_tensor(values, dtype=dtype, device="cpu")
     return _native.to_device(table, device) if device.type == "cuda" else table
 
 
@@ -171,6 +171,6 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 def block_map(sizes: Sequence[int], block: int) -> tuple[Tensor, list[int]]:
     """One grid over many tensors: which tensor each program works on (int32), and each tensor's first program."""
-    counts = torch.tensor([-(-n // block) for n in sizes])
-    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    counts = torch.tensor([-(-n // block) for n in sizes], device="cpu")
+    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return owner, (counts.cumsum(0) - counts).tolist()

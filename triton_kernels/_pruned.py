@@ -74,10 +74,10 @@ def _removed(key: Key) -> Tensor:
     """float64 [H, W]: 1 − the gain that a real result sees on the whole plane; bin (-r, -c) mirrors (r, c)."""
     height, width, gain = key.mask.height, key.mask.width, key.mask.gain()
     half = width // 2 + 1
-    whole = torch.zeros(height, width, dtype=torch.float64)
+    whole = gain.new_zeros(height, width, dtype=torch.float64)
     whole[:, :half] = gain
-    mirror = (-torch.arange(height)) % height
-    whole[:, half:] = gain[mirror][:, (-torch.arange(half, width)) % width]
+    mirror = (-torch.arange(height, device=gain.device)) % height
+    whole[:, half:] = gain[mirror][:, (-torch.arange(half, width, device=gain.device)) % width]
     for c in {0, width // 2} if width % 2 == 0 else {0}:  # columns that are their own mirror: the mean of both
         whole[:, c] = (gain[:, c] + gain[mirror, c]) / 2
     return 1.0 - whole
@@ -255,7 +255,7 @@ def _bases(key: Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Ten
     removed = removed.T if over_rows else removed  # [M, K]
     k = removed.shape[1]
     first = (removed[:, : k // 2 + 1] != 0).any(0).nonzero()[:, 0]
-    angle = 2 * math.pi * ((torch.arange(k)[:, None] * first) % k).double() / k
+    angle = 2 * math.pi * ((torch.arange(k, device=first.device)[:, None] * first) % k).double() / k
     basis = torch.stack([angle.cos(), -angle.sin()], 2).reshape(k, -1).float()
     twice = torch.where((first == 0) | (2 * first == k), 1.0, 2.0)  # a bin and its mirror
     factor = (removed[:, first] * twice / k).float()
@@ -295,4 +295,4 @@ def _roots(key: Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Ten
         return torch.stack([angle.cos(), -angle.sin()]).float().to(device)
 
     scaled = (factor[bins].double() / m).float().to(device)
-    return roots(torch.arange(0, m, STEP)), roots(torch.arange(STEP)), scaled
+    return roots(torch.arange(0, m, STEP, device=bins.device)), roots(torch.arange(STEP, device=bins.device)), scaled

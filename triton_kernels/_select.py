@@ -127,7 +127,7 @@ def _select_group(segments: list[Segment], block: int | None, sampled: bool) -> 
         rows += [sample.stride, sample.high, sample.low, g]
         at += r
     table = upload(rows, torch.int64, device)
-    start = torch.zeros(len(segments), 16, dtype=torch.int64)
+    start = torch.zeros(len(segments), 16, dtype=torch.int64, device="cpu")
     start[:, 3] = -(1 << max(1, (max(sizes) - 1).bit_length()))  # complement of an index: the bits above are all ones
     start[:, 10] = int(not sampled)
     state = upload(start, torch.int64, device)

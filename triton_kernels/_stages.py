@@ -237,8 +237,9 @@ def twiddles(s: Stages, device: torch.device) -> Tensor:
 
 def table(rows: int, columns: int, n: int, p: int, q: int, device: torch.device) -> Tensor:
     """float32 [2, p, q]: cos and −sin of 2π jk/n for j < rows, k < columns, zeros around."""
-    angle = 2 * math.pi * ((torch.arange(rows)[:, None] * torch.arange(columns)) % n).double() / n
-    made = torch.zeros(2, p, q)
+    j, k = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
+    angle = 2 * math.pi * ((j * k) % n).double() / n
+    made = torch.zeros(2, p, q, device="cpu")
     made[0, :rows, :columns] = angle.cos()
     made[1, :rows, :columns] = -angle.sin()
     return upload(made, torch.float32, device)

@@ -307,16 +307,15 @@ def _l1_coefficients(group: list[Job], sums: Tensor, block: int, compute: torch.
     if len(group) == 1:
         norms = sums.sum(1)[None]  # [tensors, K, 2]
     else:  # each tensor's programs in a row of their own, ended with zeros: the order of the sum is fixed
-        counts = [-(-j.out.numel() // block) for j in group]
-        place = (
-            torch.arange(max(counts))[None, :] + torch.tensor([sum(counts[:i]) for i in range(len(counts))])[:, None]
-        )
-        inside = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
+        counts = torch.tensor([-(-j.out.numel() // block) for j in group], device="cpu")
+        program = torch.arange(int(counts.max()), device="cpu")[None, :]
+        place = program + (counts.cumsum(0) - counts)[:, None]
+        inside = program < counts[:, None]
         where = upload(torch.where(inside, place, sums.shape[1]), torch.int64, device)
         norms = torch.nn.functional.pad(sums, (0, 0, 0, 1))[:, where].sum(2).transpose(0, 1)
     whole, part = norms.unbind(-1)
     factor = torch.where((whole < _FLOOR) | (part < _FLOOR), 1.0, whole / part)
-    weights = torch.tensor([j.weights for j in group], dtype=torch.float64)
+    weights = torch.tensor([j.weights for j in group], dtype=torch.float64, device="cpu")
     weights = _native.to_device(weights, device) if device.type == "cuda" else weights
     product = (weights * factor).to(compute).reshape(-1)
     return product.view(torch.int64 if compute == torch.float64 else torch.int32).to(torch.int64)
