@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .io.probe import io_seconds
 from .io.writer import Layout, Writer, broken_side_links, check_target, plan_layout, side_files, work_folder
 from .job import Job
 from .methods import Method
-from .preflight import Planned, raise_all
+from .preflight import Planned, broken_configs, raise_all
 from .recipe import Recipe
 from .report import Clock, Report, TensorReport, peak_rss
 
@@ -52,17 +52,23 @@ def _open(recipe: Recipe, method: Method, allow_pickle: bool) -> tuple[Checkpoin
                 problems.append(error)
     raise_all(problems, "the models")
     template = checkpoints[str(recipe.template)]
-    _check_small_files(template)
+    raise_all(_broken_small_files(template, checkpoints.values()), "the models")
     takes_base = recipe.base_model is not None and method.base != "ignored"
     return template, template if takes_base else None, [checkpoints[str(ref)] for ref in recipe.inputs]
 
 
-def _check_small_files(template: Checkpoint) -> None:
-    """Refuse now, not after the merge, a configuration or tokenizer that can not be read."""
-    template.config()
+def _broken_small_files(template: Checkpoint, models: Iterable[Checkpoint]) -> list[BadInput]:
+    """What must be refused now, not after the merge: configurations and, where they are copied, tokenizers.
+
+    A model whose config.json is broken was not fetched or saved whole, even where nothing of it is used.
+    """
+    problems = broken_configs([template, *models])
     for path in side_files(template.folder).values():
         if not os.access(path, os.R_OK):
-            raise BadInput(f"{path.name} can not be read", where=str(path), remedy="change the file's permissions")
+            problems.append(
+                BadInput(f"{path.name} can not be read", where=str(path), remedy="change the file's permissions")
+            )
+    return problems
 
 
 def _notes(recipe: Recipe, template: Checkpoint, out: Path | None, *, resume: bool) -> list[str]:

@@ -7,7 +7,7 @@ command line prints the three on three lines and ends with ``exit_code``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class FastmergeError(Exception):
@@ -48,6 +48,16 @@ class Interrupted(FastmergeError):
     """The job stopped before it was published and its work folder can be resumed. Exit code 3."""
 
     exit_code = 3
+
+
+def check_choice(what: str, value: object, known: Sequence[str]) -> None:
+    """Raises BadInput, which lists them, unless the argument `what` has one of the `known` values."""
+    if value not in known:
+        hint = did_you_mean(value, known) if isinstance(value, str) else ""
+        raise BadInput(
+            f"{what} must be one of {', '.join(known)}, not {value!r}{hint}",
+            remedy=f"pass one of these, or leave {what} out for its default",
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import BadInput, did_you_mean
+from .errors import BadInput, check_choice, did_you_mean
 from .losses import LOSSES, Loss
 
 _FP16_SCALE = 1024.0  # keeps small fp16 gradients above the subnormals; divided out again in fp32
@@ -193,7 +193,11 @@ class Gradient:
         self._counts = {task: sum(items_in(b) for b in data) for task, data in self._batches.items()}
         for task, count in self._counts.items():
             if not count:
-                raise BadInput("there is no calibration data", where=f"task {task!r}" if task else None)
+                raise BadInput(
+                    "there is no calibration data",
+                    where=f"task {task!r}" if task else None,
+                    remedy="give at least one batch (an iterator that was read before is empty)",
+                )
         self.items = sum(self._counts.values())
         self.value: float | None = None
         # Tied parameters have one gradient, under the first name.
@@ -207,7 +211,12 @@ class Gradient:
     def task(self, name: str) -> Gradient:
         """The gradient of one task's objective."""
         if name not in self._batches:
-            raise BadInput(f"there is no task {name!r}{did_you_mean(name, self.tasks)}")
+            raise BadInput(
+                f"there is no task {name!r}{did_you_mean(name, self.tasks)}",
+                remedy=f"the tasks are {', '.join(self.tasks)}"
+                if any(self.tasks)
+                else "give batches as a mapping from task to data",
+            )
         pick = {name: self._models[name]}, {name: self._losses[name]}, {name: self._batches[name]}
         return Gradient(*pick, **self._options)
 
@@ -355,20 +364,21 @@ def gradient(
         that are not finite.
     Cost: see :class:`Gradient`. Nothing is copied where the weights already are on the module's device.
     """
-    if reduction not in ("mean", "sum"):
-        raise BadInput(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "sum"))
     if micro_batch is not None and micro_batch < 1:
-        raise BadInput(f"micro_batch must be at least 1, not {micro_batch}")
+        raise BadInput(
+            f"micro_batch must be at least 1, not {micro_batch}", remedy="leave it out to keep batches whole"
+        )
     if amp not in (None, torch.bfloat16, torch.float16):
-        raise BadInput(f"amp must be torch.bfloat16, torch.float16 or None, not {amp}")
+        raise BadInput(f"amp must be torch.bfloat16, torch.float16 or None, not {amp}", remedy="amp=torch.bfloat16")
     if workers < 1:
-        raise BadInput(f"workers must be at least 1, not {workers}")
+        raise BadInput(f"workers must be at least 1, not {workers}", remedy="leave it out: 1 is the default")
     models = list(model.values()) if isinstance(model, Mapping) else [model]
     if workers > 1 and any(p.device.type != "cpu" or _is_sharded(p) for m in models for p in m.parameters()):
         raise BadInput("workers > 1 is for whole modules on the CPU", remedy="leave it out")
     by_task = batches if isinstance(batches, Mapping) else {"": batches}
     if not by_task:
-        raise BadInput("batches is empty")
+        raise BadInput("batches is empty: it names no task", remedy="give {task: batches} with one task or more")
     data = {t: list(b) if iter(b) is b else b for t, b in by_task.items()}
 
     def per_task(what: str, value: Any) -> dict[str, Any]:

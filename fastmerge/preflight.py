@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,17 @@ def check_names(base: Checkpoint, models: Sequence[Checkpoint], *, sliced: bool,
 
 def _held(model: Checkpoint, name: str) -> torch.Tensor:
     return model.resident[model.aliases.get(name, name)]
+
+
+def broken_configs(models: Iterable[Checkpoint]) -> list[BadInput]:
+    """One error for every config.json of the models that is there and can not be read as a JSON object."""
+    problems: dict[str, BadInput] = {}
+    for model in models:
+        try:
+            model.config()
+        except BadInput as error:
+            problems[str(error)] = error  # models that are files of one folder share its config.json
+    return list(problems.values())
 
 
 def plan_tensors(

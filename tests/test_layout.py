@@ -52,6 +52,19 @@ def test_docstring_says_what_it_must(name):
     )
 
 
+def refusals_without_a_remedy(source: str) -> list[str]:
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    made = [n for n in calls if n.func.id in ("BadInput", "Interrupted") and all(k.arg != "remedy" for k in n.keywords)]
+    return [ast.unparse(n) for n in made]
+
+
+def test_every_refusal_says_what_to_do():
+    assert refusals_without_a_remedy("raise BadInput('no', where='x')") == ["BadInput('no', where='x')"]  # it finds one
+    found = {p: refusals_without_a_remedy(p.read_text()) for p in (ROOT / "fastmerge").rglob("*.py")}
+    elided = "BadInput(f'... and {len(problems) - MOST_PROBLEMS} more')"  # the end of a list whose items say it
+    assert {str(p): calls for p, calls in found.items() if calls and calls != [elided]} == {}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/ops").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_benchmarks_are_of_operators(path):
     assert path.stem in OPS

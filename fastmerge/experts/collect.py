@@ -72,11 +72,17 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
                 f"density {density:g} ± epsilon {epsilon:g} must lie inside (0, 1)", remedy="choose a smaller epsilon"
             )
         if parameters["trim"] == "window" and density + gamma > 1:
-            raise BadInput(f"density {density:g} + gamma {gamma:g} is more than everything")
+            raise BadInput(
+                f"density {density:g} + gamma {gamma:g} is more than everything",
+                remedy="choose a smaller gamma or density",
+            )
     try:
         re.compile(parameters["experts"])
     except re.error as error:
-        raise BadInput(f"experts {parameters['experts']!r} is not a regular expression: {error}") from None
+        raise BadInput(
+            f"experts {parameters['experts']!r} is not a regular expression: {error}",
+            remedy="escape what is to be taken literally: a point is \\. and a bracket \\[",
+        ) from None
 
 
 def task_names(given: Sequence[str] | None, labels: Sequence[str | None]) -> list[str]:

@@ -96,16 +96,18 @@ def method_parameters(method: str, given: Mapping[str, Any], count: int) -> dict
     values: dict[str, Any] = {}
     for name, p in known.items():
         raw = by_name.get(name, p.default)
+        remedy = f"change {name}, or leave it out for its default"
         try:
             if not p.per_model:
                 values[name] = None if raw is None and p.optional else p.check(raw)
                 continue
             each = list(raw) if isinstance(raw, (list, tuple)) else [raw] * count
             if len(each) != count:
+                remedy = "give one value for all models, or one per model in their order"
                 raise ValueError(f"{name} has {len(each)} entries for {count} models")
             values[name] = [p.check(v) for v in each]
         except ValueError as error:
-            raise BadInput(str(error)) from None
+            raise BadInput(str(error), remedy=remedy) from None
     return values
 
 

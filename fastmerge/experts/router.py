@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..io.checkpoint import read_object
 
 FORMAT, VERSION = "fastmerge-router", "1"
 Kind = Literal["vectors", "image", "tokens"]
@@ -29,11 +30,17 @@ def features(kind: Kind, x: Tensor) -> Tensor:
     """
     if kind == "vectors":
         if x.ndim not in (2, 3):
-            raise BadInput(f"vectors are [B, F] or [B, L, F], not {tuple(x.shape)}")
+            raise BadInput(
+                f"vectors are [B, F] or [B, L, F], not {list(x.shape)}",
+                remedy="pass a batch (x[None] for one sample), or make the router with another kind",
+            )
         return (x.mean(1) if x.ndim == 3 else x).float()
     if kind == "image":
         if x.ndim not in (3, 4):
-            raise BadInput(f"images are [B, C, H, W] or [B, H, W], not {tuple(x.shape)}")
+            raise BadInput(
+                f"images are [B, C, H, W] or [B, H, W], not {list(x.shape)}",
+                remedy="pass a batch (x[None] for one sample), or make the router with another kind",
+            )
         image = x.unsqueeze(1) if x.ndim == 3 else x
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         cells = nn.functional.adaptive_avg_pool2d(image, _SIDE).flatten(1)
@@ -41,7 +48,10 @@ def features(kind: Kind, x: Tensor) -> Tensor:
         moments += [image.diff(dim=d).abs().mean((2, 3)) if image.shape[d] > 1 else moments[0] * 0 for d in (2, 3)]
         return torch.cat([cells, *moments], 1)
     if x.ndim != 2 or x.is_floating_point():
-        raise BadInput(f"tokens are integers [B, L], not {x.dtype} {tuple(x.shape)}")
+        raise BadInput(
+            f"tokens are integers [B, L], not {x.dtype} {list(x.shape)}",
+            remedy="pass a batch of input_ids, padded to one length; vectors and images are other kinds of router",
+        )
     ids = x.long()
     pairs = ids[:, :-1] * 1_000_003 + ids[:, 1:] + 7
     hashed = torch.cat([ids * 2_654_435_761, pairs * 2_654_435_761], 1).remainder(2**31) % _BUCKETS
@@ -94,18 +104,19 @@ class Router(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Router:
         """Raises BadInput for a folder without a router of this format."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        try:
-            about = json.loads((folder / "router.json").read_text())
-            state = load_file(folder / "router.safetensors")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"no router there: {error}", where=str(folder), remedy="fastmerge route train") from None
+        remedy = "check the path, or train it again: fastmerge route train"
+        about = read_object(folder / "router.json", remedy)
         if about.get("format") != FORMAT or about.get("version") != VERSION:
-            raise BadInput(f"not a {FORMAT} of version {VERSION}", where=str(folder / "router.json"))
-        router = cls(about["tasks"], about["kind"], about["inputs"], about["hidden"])
-        router.load_state_dict(state)
+            raise BadInput(f"not a {FORMAT} of version {VERSION}", where=str(folder / "router.json"), remedy=remedy)
+        try:
+            router = cls(about["tasks"], about["kind"], about["inputs"], about["hidden"])
+            router.load_state_dict(load_file(folder / "router.safetensors"))
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise BadInput(f"the router can not be read: {error}", where=str(folder), remedy=remedy) from None
         return router.eval()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from .storage import Expert, load, load_folder
 
 Experts = str | Path | Mapping[str, "Expert | str | Path"] | Sequence["Expert | str | Path"]
@@ -65,8 +65,7 @@ class FreeModel(nn.Module):
         self.heads = nn.ModuleDict(dict(heads)) if heads is not None else None
         self._head = head
         self._own_head = model.get_submodule(head) if head is not None else None
-        if combine not in ("add", "override"):
-            raise BadInput(f"combine is add or override, not {combine!r}")
+        check_choice("combine", combine, ("add", "override"))
         if combine == "override" and base is None:
             raise BadInput("combine='override' puts base + expert in place", remedy="pass base=, the base's state dict")
         self._base = {k: v.detach() for k, v in _state(base).items()} if base is not None else {}
@@ -100,7 +99,8 @@ class FreeModel(nn.Module):
                     )
                 if tuple(state[name].shape) != t.shape:
                     raise BadInput(
-                        f"expert {expert.task!r}: {name!r} is {t.shape}, the model's {tuple(state[name].shape)}"
+                        f"expert {expert.task!r}: {name!r} is {list(t.shape)}, the model's {list(state[name].shape)}",
+                        remedy="use the backbone this expert was extracted with, of the same size",
                     )
         return state
 
@@ -140,7 +140,10 @@ class FreeModel(nn.Module):
             if name not in self.experts:
                 raise BadInput(f"no expert for task {name!r}", remedy=f"the tasks are {', '.join(self.tasks)}")
         if len(wanted) > 1 and self.combine == "override":
-            raise BadInput("a mixture of experts needs combine='add'")
+            raise BadInput(
+                "a mixture of experts needs combine='add': put over the backbone, one would hide the other",
+                remedy="use one task, or extract the experts with combine='add'",
+            )
         if isinstance(task, str) and task == self.task:
             return self
         while self._undo:
@@ -230,7 +233,10 @@ def _collect(experts: Experts) -> dict[str, Expert]:
     loaded = [e if isinstance(e, Expert) else load(e) for e in listed]
     names = list(experts) if isinstance(experts, Mapping) else [e.task for e in loaded]
     if len(set(names)) != len(names) or not names:
-        raise BadInput(f"experts need different tasks and at least one; got {names}")
+        raise BadInput(
+            f"experts need different tasks and at least one; got {names}",
+            remedy="pass a mapping {task: expert}, which names them anew" if names else "pass at least one expert",
+        )
     return dict(zip(names, loaded, strict=True))
 
 

@@ -6,7 +6,6 @@ gives a source whose ``read(begin, end, buffers, key)`` fills a buffer of the ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint
+from ..io.checkpoint import Checkpoint, from_state_dict, open_checkpoint, read_object
 from ..io.files import Files
 from ..io.pipeline import Buffers, Source
 from .sharding import whole
@@ -85,7 +84,11 @@ class LoraCandidate(Candidate):
         self.pairs: dict[str, tuple[str, str, float, bool]] = {}
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not rank or alpha is None:
-            raise BadInput("adapter_config.json lacks r or lora_alpha", where=self.label)
+            raise BadInput(
+                "adapter_config.json lacks r or lora_alpha",
+                where=self.label,
+                remedy="give a LoRA adapter that PEFT has saved, or merge another kind into its base first",
+            )
         if config.get("use_dora"):
             raise BadInput(
                 "a DoRA adapter is not a fixed difference from its base",
@@ -103,11 +106,17 @@ class LoraCandidate(Candidate):
             module = name.partition(".lora_")[0].removeprefix("base_model.model.")
             other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in checkpoint:
-                raise BadInput(f"adapter tensor {name!r} has no partner {other!r}", where=self.label)
+                raise BadInput(
+                    f"adapter tensor {name!r} has no partner {other!r}",
+                    where=self.label,
+                    remedy="fetch or save the adapter again: its factors come in pairs",
+                )
             a, b = checkpoint.shape(name), checkpoint.shape(other)
             if len(a) != 2 or len(b) != 2 or b[1] != a[0]:
                 raise BadInput(
-                    f"{name!r} of shape {list(a)} and its partner {list(b)} have no product", where=self.label
+                    f"{name!r} of shape {list(a)} and its partner {other!r} of {list(b)} have no product",
+                    where=self.label,
+                    remedy="adapters of matrices alone can be candidates: merge this one into its base first",
                 )
             r = _pattern(ranks, module, int(rank))
             scaling = _pattern(alphas, module, float(alpha)) / (r**0.5 if config.get("use_rslora") else r)
@@ -120,7 +129,11 @@ class LoraCandidate(Candidate):
                 remedy="merge it into its base first (merge_and_unload) and give the full checkpoint",
             )
         if not self.pairs:
-            raise BadInput("the adapter holds no LoRA factors", where=self.label)
+            raise BadInput(
+                "the adapter holds no LoRA factors",
+                where=self.label,
+                remedy="give an adapter of LoRA matrices (tensors named ….lora_A.weight and ….lora_B.weight)",
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.pairs
@@ -186,13 +199,14 @@ def open_candidate(given: Any, index: int, *, allow_pickle: bool = False, factor
     folder = Path(given).expanduser()
     config = folder / "adapter_config.json"
     if config.is_file():
-        try:
-            settings = json.loads(config.read_text())
-        except ValueError as error:
-            raise BadInput(f"adapter_config.json is not valid JSON ({error})", where=str(config)) from error
+        settings = read_object(config, "fetch or save the adapter again")
         file = folder / "adapter_model.safetensors"
         if not file.is_file():
-            raise BadInput("the adapter has no adapter_model.safetensors", where=str(folder))
+            raise BadInput(
+                "the adapter has no adapter_model.safetensors",
+                where=str(folder),
+                remedy="fetch the missing file, or save the adapter again as safetensors",
+            )
         checkpoint = open_checkpoint(file)
         checkpoint.label = str(given)
         return Candidate(checkpoint) if factors else LoraCandidate(checkpoint, settings)
@@ -235,7 +249,13 @@ def check_candidates(
                     )
                 )
             elif not c.dtype(name).is_floating_point:
-                problems.append(BadInput(f"tensor {name!r} has dtype {c.dtype(name)}, not a float", where=c.label))
+                problems.append(
+                    BadInput(
+                        f"tensor {name!r} has dtype {c.dtype(name)}, not a float",
+                        where=c.label,
+                        remedy="leave it out with exclude=, or convert the candidate to floating point",
+                    )
+                )
         if not own:
             problems.append(
                 BadInput("no tensor of the base is in this candidate", where=c.label, remedy="is it the same model?")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from . import presets, steps
 from .choice import Choice, Products, choose, total_row
 from .inner import Inner
@@ -205,17 +205,21 @@ def check(
         ("space", space or "weights", ("weights", "deltas")),
         ("lora", lora, ("product", "factors")),
     ):
-        if value not in known:
-            raise BadInput(f"{what} must be one of {', '.join(known)}, not {value!r}")
+        check_choice(what, value, known)
     if zero_if_ascent and metric == "slope":
         raise BadInput(
             "zero_if_ascent is a rule for scores of raw candidates", remedy="leave it out, or use metric='cosine'"
         )
     if iterations < 0:
-        raise BadInput(f"iterations must be at least 0, not {iterations}")
+        raise BadInput(
+            f"iterations must be at least 0, not {iterations}", remedy="give the number of steps; 0 returns the start"
+        )
     for what, number in (("step_size", step_size), ("scale", scale)):
         if not (math.isfinite(number) and number >= 0):
-            raise BadInput(f"{what} must be a finite number >= 0, not {number}")
+            raise BadInput(
+                f"{what} must be a finite number >= 0, not {number}",
+                remedy="leave it out: the defaults, step_size=0.1 and scale=0.29, are the papers'",
+            )
 
 
 def ask(problem: Problem, gradient: GradientFunction, at: State | None = None) -> tuple[State, float | None]:

@@ -40,7 +40,10 @@ class Inner:
             if key not in known:
                 raise BadInput(f"inner_parameters: {name} has no {key!r}", remedy=f"it has {', '.join(known)}")
             if key in SCALES:
-                raise BadInput(f"inner_parameters: {key} is the step size, set by scale and step_size")
+                raise BadInput(
+                    f"inner_parameters: {key} is the step size, set by scale and step_size",
+                    remedy=f"leave {key} out, and give scale= or step_size=",
+                )
         if "weight" in known:
             self.parameters.setdefault("weight", 1.0)
         self.scale = next(s for s in SCALES if s in known)

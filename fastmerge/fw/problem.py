@@ -46,7 +46,10 @@ def _patterns(given: str | Sequence[str] | None, what: str) -> list[re.Pattern[s
     try:
         return [re.compile(p) for p in ([given] if isinstance(given, str) else given or [])]
     except re.error as error:
-        raise BadInput(f"{what}: {error.pattern!r} is not a regular expression ({error})") from error
+        raise BadInput(
+            f"{what}: {error.pattern!r} is not a regular expression ({error})",
+            remedy="escape what is to be taken literally: a point is \\. and a bracket \\[",
+        ) from error
 
 
 class Problem:
@@ -158,7 +161,10 @@ class Problem:
         both take the same steps.
         """
         if not isinstance(found, Mapping):
-            raise BadInput(f"gradient returned a {type(found).__name__}, not a mapping from names to tensors")
+            raise BadInput(
+                f"gradient returned a {type(found).__name__}, not a mapping from names to tensors",
+                remedy="return {name: gradient} with names of the base's state_dict, as fm.gradient does",
+            )
         known = self.base.checkpoint
         out: State = {}
         for given, g in found.items():
@@ -172,10 +178,14 @@ class Problem:
                 )
             g = self.layout.unwrap(name, g)
             if not isinstance(g, Tensor) or not g.is_floating_point():
-                raise BadInput(f"the gradient of {name!r} is not a floating-point tensor")
+                raise BadInput(
+                    f"the gradient of {name!r} is not a floating-point tensor",
+                    remedy="leave the name out, or return None for it, where there is no gradient",
+                )
             if g.numel() != self.parts[name].numel:
                 raise BadInput(
-                    f"the gradient of {name!r} has shape {list(g.shape)}, the weights {list(self.local_shape(name))}"
+                    f"the gradient of {name!r} has shape {list(g.shape)}, the weights {list(self.local_shape(name))}",
+                    remedy="differentiate with respect to the weights the callable is given",
                 )
             out[name] = g
         if not out and not self.layout.sharded:

@@ -16,6 +16,7 @@ from ..card import output_files
 from ..device.choose import parse as parse_device
 from ..errors import BadInput, Interrupted
 from ..io.checkpoint import Checkpoint, open_checkpoint
+from ..preflight import broken_configs, raise_all
 from ..report import Clock, Report, TensorReport, peak_rss
 from . import hard, presets, soft
 from .candidates import Candidate, open_candidate
@@ -68,8 +69,8 @@ def run_recipe(
     check_records(**data)
     with _threads(threads):
         template = open_checkpoint(base, allow_pickle=allow_pickle)
-        template.config()  # it is written at the end: one that can not be read is refused now
         candidates = [open_candidate(c, k, allow_pickle=allow_pickle) for k, c in enumerate(labels)]
+        raise_all(broken_configs([template, *(c.checkpoint for c in candidates)]), "the models")
         if not ignore_extra:
             _check_extra(template, candidates)
         report = Report(name, labels, base, None if out is None else str(out), device=where, workers=_native.threads())
@@ -132,7 +133,9 @@ def _refuse(name: str, device: str, resume: bool, nan: str, max_memory: int | No
             f"{name} can not resume: its iterate is in memory until the end", remedy="run it again without --resume"
         )
     if nan not in ("error", "warn", "allow"):
-        raise BadInput(f"nan must be one of error, warn, allow, not {nan!r}")
+        raise BadInput(
+            f"nan must be one of error, warn, allow, not {nan!r}", remedy=f"leave it out: {name} stops at NaN"
+        )
     if nan != "error":
         raise BadInput(
             f"{name} can not go on with NaN: a product with it chooses nothing",
@@ -153,7 +156,10 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
     if recipe.base_model is None:
         raise BadInput(f"{name} needs base_model", remedy="name the pretrained checkpoint the candidates come from")
     if recipe.slices is not None or recipe.modules is not None:
-        raise BadInput(f"{name} merges whole models: slices and modules have no meaning for it")
+        raise BadInput(
+            f"{name} merges whole models: slices and modules have no meaning for it",
+            remedy="list the models under models: instead",
+        )
     if any(m.parameters for m in recipe.models or []):
         raise BadInput(f"{name} has no per-model parameters: it finds the weights", remedy="move them to `parameters:`")
     known = recipe.method.parameters
@@ -164,7 +170,7 @@ def _parameters(recipe: Recipe) -> dict[str, Any]:
         try:
             given[key] = known[key].check(value)
         except ValueError as error:
-            raise BadInput(str(error)) from None
+            raise BadInput(str(error), remedy=f"change {key}: under parameters:") from None
     if "data" not in given:
         raise BadInput(f"{name} needs calibration data", remedy="add `data: calib.jsonl` to `parameters:`")
     return given

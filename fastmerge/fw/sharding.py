@@ -163,7 +163,10 @@ class _Ranges(_Sharded):
         size = torch.Size(shape).numel()
         begin, end = self.ranges.get(name, (0, 0))
         if not 0 <= begin <= end <= size:
-            raise BadInput(f"shards[{name!r}] is ({begin}, {end}), the flattened tensor has {size} elements")
+            raise BadInput(
+                f"shards[{name!r}] is ({begin}, {end}), the flattened tensor has {size} elements",
+                remedy=f"give (begin, end) with 0 <= begin <= end <= {size}",
+            )
         return Part(shape, begin, end, begin)
 
     def local_shape(self, name: str, part: Part) -> tuple[int, ...]:
@@ -256,6 +259,6 @@ def layout_of(base: Any, shards: Mapping[str, tuple[int, int]] | None, group: An
     kind = _dtensor()
     if isinstance(base, Mapping) and any(isinstance(t, kind) for t in base.values()):
         if shards is not None:
-            raise BadInput("shards= is for plain tensors; DTensors carry their own layout")
+            raise BadInput("shards= is for plain tensors; DTensors carry their own layout", remedy="leave shards= out")
         return _DTensors(base, group)
     return Layout() if shards is None else _Ranges(shards, group)

@@ -20,9 +20,14 @@ def project_simplex(v: Tensor, *, total: float = 1.0, dim: int = 0, metric: Tens
     Source: Held, Wolfe, Crowder 1974; Duchi et al. 2008, figure 1.
     """
     if v.ndim == 0 or v.shape[dim] == 0:
-        raise BadInput("the simplex needs at least one coefficient")
+        raise BadInput(
+            f"the simplex needs at least one coefficient, v has shape {list(v.shape)}",
+            remedy=f"give a tensor with elements along dim={dim}",
+        )
     if total <= 0:
-        raise BadInput(f"the simplex needs a positive total, not {total}")
+        raise BadInput(
+            f"the simplex needs a positive total, not {total}", remedy="leave total= out for coefficients that sum to 1"
+        )
     if not bool(torch.isfinite(v).all()):
         raise BadInput("a coefficient is not finite", remedy="lower the learning rate of the coefficients")
     x = v.double().movedim(dim, -1)

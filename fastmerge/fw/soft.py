@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from ..ops import fw_products, weighted_sum
 from . import presets
 from .choice import Products, choose
@@ -181,15 +181,23 @@ def check(
         ("granularity", granularity, ("layer", "model")),
         ("metric", metric, METRICS),
     ):
-        if value not in known:
-            raise BadInput(f"{what} must be one of {', '.join(known)}, not {value!r}")
-    for what, number, least in (("iterations", iterations, 0), ("top_k", top_k, 1), ("inner_steps", inner_steps, 0)):
+        check_choice(what, value, known)
+    for what, number, least, remedy in (
+        ("iterations", iterations, 0, "give the number of steps; 0 returns the start"),
+        ("top_k", top_k, 1, "give how many vertices a step may mix, 1 for the best alone"),
+        ("inner_steps", inner_steps, 0, "give how often a step evaluates its coefficients; 0 keeps the first ones"),
+    ):
         if number < least:
-            raise BadInput(f"{what} must be at least {least}, not {number}")
+            raise BadInput(f"{what} must be at least {least}, not {number}", remedy=remedy)
     if not (math.isfinite(scale) and scale >= 0):
-        raise BadInput(f"scale must be a finite number >= 0, not {scale}")
+        raise BadInput(
+            f"scale must be a finite number >= 0, not {scale}", remedy="leave it out: the default, 0.29, is the paper's"
+        )
     if inner_lr is not None and not (math.isfinite(inner_lr) and inner_lr > 0):
-        raise BadInput(f"inner_lr must be positive, not {inner_lr}")
+        raise BadInput(
+            f"inner_lr must be positive, not {inner_lr}",
+            remedy="leave it out with optimizer='pgd', which finds its steps; the published value for 'adam' is 1e-3",
+        )
     if optimizer == "adam" and inner_lr is None:
         raise BadInput("optimizer='adam' needs inner_lr", remedy="the published value is 1e-3")
     if (

@@ -52,7 +52,10 @@ class ShortStep:
 
     def __init__(self, lipschitz: float | None, loss: object) -> None:
         if lipschitz is not None and not lipschitz > 0:
-            raise BadInput(f"lipschitz must be positive, not {lipschitz}")
+            raise BadInput(
+                f"lipschitz must be positive, not {lipschitz}",
+                remedy="leave it out and give loss=: then it is found by backtracking",
+            )
         if lipschitz is None and loss is None:
             raise BadInput(
                 "step='short' needs the loss's smoothness constant, or the loss to find it",

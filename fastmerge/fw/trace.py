@@ -66,7 +66,11 @@ class Trace:
             duplicates = [(int(a), int(b)) for a, b in content.pop("duplicates")]
             return cls(**content, iterations=iterations, duplicates=duplicates)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"is not a Frank-Wolfe trace ({error!r})", where=str(path)) from error
+            raise BadInput(
+                f"is not a Frank-Wolfe trace ({error!r})",
+                where=str(path),
+                remedy="check the path: frank_wolfe(trace=PATH) and Trace.save write such files",
+            ) from error
 
     def shares(self) -> list[list[float]]:
         """Per iteration, the share of layers that moved towards each candidate; the last column is the zero vertex.
@@ -94,7 +98,9 @@ class Trace:
         except ImportError as error:
             raise BadInput("plots need matplotlib", remedy="pip install 'fastmerge[plot]'") from error
         if not self.iterations:
-            raise BadInput("the trace has no iterations to draw")
+            raise BadInput(
+                "the trace has no iterations to draw", remedy="plot the trace of a run with iterations=1 or more"
+            )
         figure = Figure(figsize=(14, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         left, middle, right = figure.subplots(1, 3)

@@ -86,10 +86,7 @@ class Checkpoint:
             return {}
         file = self.folder / "config.json"
         remedy = "fetch or save the checkpoint's config.json again (a folder without one can be merged, too)"
-        loaded = _read_json(file, "config.json", remedy)
-        if not isinstance(loaded, dict):
-            raise BadInput("config.json is not a JSON object", where=str(file), remedy=remedy)
-        return loaded
+        return read_object(file, remedy)
 
 
 def listed(models: Any) -> list[Any]:
@@ -150,6 +147,14 @@ def _read_json(file: Path, what: str, remedy: str) -> Any:
         raise BadInput(f"{what} can not be read: {error.strerror}", where=str(file), remedy=remedy) from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{what} is not valid JSON ({error})", where=str(file), remedy=remedy) from error
+
+
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """A file that holds one JSON object; raises BadInput, which names it, for any other."""
+    loaded = _read_json(file, file.name, remedy)
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{file.name} is not a JSON object", where=str(file), remedy=remedy)
+    return loaded
 
 
 def _weight_map(index: Path) -> dict[str, str]:

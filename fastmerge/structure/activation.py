@@ -115,7 +115,11 @@ class ActivationStatistics:
     def similarity(self, model: int, kind: str = "pearson", anchor: int = 0) -> dict[Signature, Tensor]:
         """{signature: [units of the anchor, units of the model]} on the CPU."""
         if (anchor, model) not in self.sums:
-            raise BadInput(f"these activation statistics do not hold models {anchor} and {model}")
+            raise BadInput(
+                f"these activation statistics do not hold models {anchor} and {model}",
+                remedy="collect them over the models that are aligned"
+                + (" with within=True, as zip matching needs" if anchor == model else ""),
+            )
         return {s: v.similarity(kind).cpu() for s, v in self.sums[anchor, model].items()}
 
 
@@ -193,12 +197,16 @@ def activation_statistics(
                 for k in range(len(found)):
                     if (s, k) not in features[a]:
                         raise BadInput(
-                            f"module {found[k].module!r} was not run by a batch: its activations are unknown"
+                            f"module {found[k].module!r} was not run by a batch: its activations are unknown",
+                            remedy="give batches that reach it, or align by weights alone (activations=None)",
                         )
                     x, y = features[a][s, k].to(device), features[b][s, k].to(device)
                     sums = stats.sums[a, b].setdefault(s, _Sums.start(x, y))
                     sums.add(x, y)
         seen += 1
     if not seen:
-        raise BadInput("activations is empty: no batch to run the models on")
+        raise BadInput(
+            "activations is empty: no batch to run the models on",
+            remedy="give a list of batches (an iterator that was read before is empty), or leave activations= out",
+        )
     return stats

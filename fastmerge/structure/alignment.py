@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._native import threads
-from ..errors import BadInput
+from ..errors import BadInput, check_choice
 from .features import KINDS, WeightFeatures
 from .naming import named_spec, state_of
 from .permutation import Permutations, PermutationSpec
@@ -24,6 +25,9 @@ from .units import Signature, Unit, units
 
 Similarity = Literal["pearson", "cosine", "dot"]
 PRESETS: dict[str, tuple[float, Similarity]] = {"git-rebasin": (1.0, "dot"), "activation": (0.0, "pearson")}
+
+# What reading a file of another kind, a cut one or an edited one may raise.
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,24 @@ class Alignment:
     def load(cls, path: str | Path) -> Alignment:
         """Reads what `save` wrote; raises BadInput for any other file."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 about = json.loads(str(data["about"]))
                 perms: list[Permutations] = [{} for _ in range(about["models"])]
                 for key in data.files:
                     if key != "about":
                         m, _, group = key.partition("/")
                         perms[int(m)][group] = torch.from_numpy(data[key].astype(np.int64))
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"not a file of permutations: {error}", where=str(path)) from error
-        spec = PermutationSpec.from_json(json.dumps(about["spec"]))
-        for p in perms:
-            spec.validate(p)
-        trace = [[Sweep(**s) for s in t] for t in about["trace"]]
-        return cls(spec, perms, trace, about["weight_share"], about["values"])
+            spec = PermutationSpec.from_json(json.dumps(about["spec"]))
+            for p in perms:
+                spec.validate(p)
+            trace = [[Sweep(**s) for s in t] for t in about["trace"]]
+            return cls(spec, perms, trace, about["weight_share"], about["values"])
+        except UNREADABLE as error:
+            raise BadInput(
+                f"not a file of permutations: {getattr(error, 'message', error)}",
+                where=str(path),
+                remedy="check the path: fastmerge align and Alignment.save write such files",
+            ) from error
 
 
 def resolve_spec(models: Sequence[Any], spec: PermutationSpec | str | None) -> PermutationSpec:
@@ -147,10 +155,9 @@ def align(
     """
     models = list(models)
     if len(models) < 2:
-        raise BadInput(f"align needs two models or more, not {len(models)}")
+        raise BadInput(f"align needs two models or more, not {len(models)}", remedy="pass [anchor, other, …]")
     if preset is not None:
-        if preset not in PRESETS:
-            raise BadInput(f"unknown preset {preset!r}; one of {', '.join(PRESETS)}")
+        check_choice("preset", preset, list(PRESETS))
         weight_share, similarity = PRESETS[preset]
         activations = activations if preset == "activation" else None
     for name, value, known in (
@@ -158,8 +165,7 @@ def align(
         ("order", order, ("topological", "random")),
         ("match", match, ("permute", "zip")),
     ):
-        if value not in known:
-            raise BadInput(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        check_choice(name, value, known)
     shares = _shares(weight_share, activations, score)
     spec = resolve_spec(models, spec)
     if reference_bugs:
@@ -185,15 +191,20 @@ def _shares(weight_share: Any, activations: Any, score: Any) -> list[float]:
     shares = [float(w) for w in (weight_share if isinstance(weight_share, Iterable) else [weight_share])]
     for w in shares:
         if not 0.0 <= w <= 1.0:
-            raise BadInput(f"weight_share must be in [0, 1], not {w}")
+            raise BadInput(
+                f"weight_share must be in [0, 1], not {w}", remedy="1 matches by weights alone, 0 by activations alone"
+            )
         if w != 1.0 and activations is None:
             raise BadInput(
                 f"weight_share={w} needs activations", remedy="give activations=batches, or leave weight_share at 1"
             )
     if len(shares) > 1 and score is None:
-        raise BadInput("a list of weight_share values is searched: give score=, a function of the Alignment")
+        raise BadInput(
+            "weight_share is a list, which is searched, but there is no score",
+            remedy="give score=, a function of the Alignment, or one weight_share",
+        )
     if not shares:
-        raise BadInput("weight_share is an empty list")
+        raise BadInput("weight_share is an empty list", remedy="give a number in [0, 1], or a list of them to search")
     return shares
 
 

@@ -27,6 +27,8 @@ else:
 Shapes = Mapping[str, tuple[int, ...]]
 _HOLE = re.compile(r"\{([^{}]*)\}")
 _STEP = re.compile(r"(\w+)([+-]\d+)?\Z")
+_OTHER = "leave the architecture out to recognise it, or derive a spec: spec_for(model, example_inputs)"
+_HEADS = "check the numbers of heads (heads=, kv_heads=), or derive a spec: spec_for(model, example_inputs)"
 
 
 def _needs(template: str) -> set[str]:
@@ -120,11 +122,17 @@ def load(architecture: str, shapes: Shapes, **options: Any) -> PermutationSpec:
     if data.get("kind") == "chain":
         spec = _chain(architecture, shapes)
         if spec is None:
-            raise BadInput(f"the tensors are not a chain of linear or convolution layers, as {architecture!r} expects")
+            raise BadInput(
+                f"the tensors are not a chain of linear or convolution layers, as {architecture!r} expects",
+                remedy=_OTHER,
+            )
         return spec
     prefix = _prefix(data, shapes)
     if prefix is None:
-        raise BadInput(f"the tensors are not of architecture {architecture!r} (it has {', '.join(data['recognise'])})")
+        raise BadInput(
+            f"the tensors are not of architecture {architecture!r} (it has {', '.join(data['recognise'])})",
+            remedy=_OTHER,
+        )
     tensors, instances = _axes(data, prefix, shapes)
     alias = _aliases(data, prefix, shapes, instances)
 
@@ -224,8 +232,10 @@ def _sizes(
         left = []
         for n, a, layout, shape in pending:
             if a >= len(shape):
-                raise BadInput(f"{n} has shape {shape}, but architecture {architecture!r} expects an axis {a}")
-            solved = _solve_size(layout, shape[a], known)
+                raise BadInput(
+                    f"{n} has shape {shape}, but architecture {architecture!r} expects an axis {a}", remedy=_OTHER
+                )
+            solved = _solve_size(f"{n}: axis {a}", architecture, layout, shape[a], known)
             if solved is None:
                 left.append((n, a, layout, shape))
             elif solved:
@@ -233,16 +243,21 @@ def _sizes(
             elif layout.size(known.__getitem__) != shape[a]:
                 raise BadInput(
                     f"{n}: axis {a} of shape {shape} should be '{layout}' = {layout.size(known.__getitem__)} "
-                    f"(architecture {architecture!r}); are the numbers of heads right?"
+                    f"(architecture {architecture!r})",
+                    remedy=_HEADS,
                 )
         if len(left) == len(pending):
             n, a, layout, shape = left[0]
-            raise BadInput(f"{n}: the sizes in '{layout}' can not be told from axis {a} of shape {shape}")
+            raise BadInput(
+                f"{n}: the sizes in '{layout}' can not be told from axis {a} of shape {shape}", remedy=_OTHER
+            )
         pending = left
     return known
 
 
-def _solve_size(layout: Layout, total: int, known: Mapping[str, int]) -> dict[str, int] | None:
+def _solve_size(
+    where: str, architecture: str, layout: Layout, total: int, known: Mapping[str, int]
+) -> dict[str, int] | None:
     """{} when all sizes are known, {group: size} when one follows, None when more than one is missing."""
     unknown = {g for g in layout.groups() if g not in known}
     if not unknown:
@@ -257,7 +272,9 @@ def _solve_size(layout: Layout, total: int, known: Mapping[str, int]) -> dict[st
     zero, one, two = (size_with(v) for v in (0, 1, 2))
     slope = one - zero
     if two - one != slope or slope <= 0 or (total - zero) % slope:
-        raise BadInput(f"a size of {total} does not fit '{layout}'; are the numbers of heads right?")
+        raise BadInput(
+            f"{where} of size {total} does not fit '{layout}' (architecture {architecture!r})", remedy=_HEADS
+        )
     return {g: (total - zero) // slope}
 
 

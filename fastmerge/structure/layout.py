@@ -22,6 +22,7 @@ from torch import Tensor
 Factor: TypeAlias = "str | int | Layout"
 Segment: TypeAlias = "tuple[Factor, ...]"
 _TOKEN = re.compile(r"\s*(?:(\d+)(?![\w.])|([\w.{}:/-]+)|([*+()]))")
+_FORM = "write sums of products of groups and numbers, as in 'heads * (qk + qk + v) + rest * 64'"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Layout:
         while at < len(text.rstrip()):
             m = _TOKEN.match(text, at)
             if m is None:
-                raise ValueError(f"layout {text!r}: unexpected {text[at:].strip()!r}")
+                raise ValueError(f"layout {text!r}: unexpected {text[at:].strip()!r}; {_FORM}")
             tokens.append(int(m[1]) if m[1] else (m[2] or m[3]))
             at = m.end()
         layout, rest = _parse_sum(tokens, text)
         if rest:
-            raise ValueError(f"layout {text!r}: unexpected {rest[0]!r}")
+            raise ValueError(f"layout {text!r}: unexpected {rest[0]!r}; {_FORM}")
         return layout
 
     def __str__(self) -> str:
@@ -77,12 +78,12 @@ def _parse_sum(tokens: list[str | int], text: str) -> tuple[Layout, list[str | i
         factors: list[Factor] = []
         while True:
             if not tokens or tokens[0] in ("*", "+", ")"):
-                raise ValueError(f"layout {text!r}: a group name or a number is missing")
+                raise ValueError(f"layout {text!r}: a group name or a number is missing; {_FORM}")
             head, tokens = tokens[0], tokens[1:]
             if head == "(":
                 inner, tokens = _parse_sum(tokens, text)
                 if not tokens or tokens[0] != ")":
-                    raise ValueError(f"layout {text!r}: a parenthesis is not closed")
+                    raise ValueError(f"layout {text!r}: a parenthesis is not closed; {_FORM}")
                 tokens = tokens[1:]
                 factors.append(inner)
             else:

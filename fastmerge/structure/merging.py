@@ -83,10 +83,16 @@ def model_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0 / count] * count
     if len(weights) != count:
-        raise BadInput(f"weights has {len(weights)} entries for {count} models")
+        raise BadInput(
+            f"weights has {len(weights)} entries for {count} models",
+            remedy="give one weight per model, or leave weights= out for equal ones",
+        )
     total = float(sum(weights))
     if not total > 0 or any(w < 0 for w in weights):
-        raise BadInput(f"weights must be >= 0 with a positive sum, not {list(weights)}")
+        raise BadInput(
+            f"weights must be >= 0 with a positive sum, not {list(weights)}",
+            remedy="leave weights= out for equal ones; they need not sum to 1",
+        )
     return [float(w) / total for w in weights]
 
 
@@ -133,7 +139,10 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
     if not seen:
-        raise BadInput("no batch to re-estimate BatchNorm statistics from")
+        raise BadInput(
+            "no batch to re-estimate BatchNorm statistics from",
+            remedy="give a list of batches of inputs (an iterator that was read before is empty)",
+        )
     return len(norms)
 
 
@@ -179,7 +188,10 @@ def mudsc(
             **options,
         )
     elif len(alignment.perms) != len(models):
-        raise BadInput(f"the alignment is of {len(alignment.perms)} models, not {len(models)}")
+        raise BadInput(
+            f"the alignment is of {len(alignment.perms)} models, not {len(models)}",
+            remedy="give the models it was made from, in the same order, or leave alignment= out",
+        )
     states = [state_of(m, f"models[{i}]") for i, m in enumerate(models)]
     for i, s in enumerate(states):
         alignment.spec.check({k: v.shape for k, v in s.items()}, f"models[{i}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,12 @@ def state_of(model: Any, label: str = "model") -> Mapping[str, Tensor]:
         return model.state_dict()
     if isinstance(model, Mapping):
         return model
-    raise BadInput(f"{label} must be an nn.Module or a state dict, not {type(model).__name__}")
+    raise BadInput(
+        f"{label} must be an nn.Module or a state dict, not {type(model).__name__}",
+        remedy="load a checkpoint first (safetensors.torch.load_file), or run `fastmerge align` on the folders"
+        if isinstance(model, (str, os.PathLike))
+        else "pass the module, or its state_dict()",
+    )
 
 
 # What a config calls them: Hugging Face's names, GPT-2's, timm's; the last of each is our own.

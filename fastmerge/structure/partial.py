@@ -30,7 +30,10 @@ class Unmerge(nn.Module):
         n = self.index.numel()
         dim = 1 if x.ndim > 3 and x.shape[1] == n else -1
         if x.shape[dim] != n:
-            raise BadInput(f"the trunk's output has shape {tuple(x.shape)}, but {n} units were zipped where it ends")
+            raise BadInput(
+                f"the trunk's output has shape {tuple(x.shape)}, but {n} units were zipped where it ends",
+                remedy="end the trunk (stop_at=) at a module whose output has them on axis 1 or on the last",
+            )
         return x.index_select(dim, self.index)
 
 
@@ -77,7 +80,10 @@ def _graph(model: nn.Module, stop_at: str) -> tuple[fx.Graph, fx.Node]:
         ) from error
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == stop_at]
     if len(calls) != 1:
-        raise BadInput(f"stop_at={stop_at!r} is called {len(calls)} times in a forward pass; it must be once")
+        raise BadInput(
+            f"stop_at={stop_at!r} is called {len(calls)} times in a forward pass; it must be once",
+            remedy="name a module that runs once, such as the block around it",
+        )
     return graph, calls[0]
 
 
@@ -158,7 +164,10 @@ def partial_zip(
     """
     models = list(models)
     if len(models) != 2 or not all(isinstance(m, nn.Module) for m in models):
-        raise BadInput("partial_zip needs two nn.Modules")
+        raise BadInput(
+            f"partial_zip needs two nn.Modules, not {', '.join(type(m).__name__ for m in models) or 'none'}",
+            remedy="load the state dicts into modules, and zip more than two pair by pair",
+        )
     parts = [split(m, stop_at) for m in models]
     whole = resolve_spec(models, spec)
     names = _tensors_of(parts[0][0])

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, did_you_mean
 from .layout import Layout, Perms, free_parents, source_index
 
 Permutations = dict[str, Tensor]
+_OTHER_SPEC = "give the spec of this model: spec=None recognises it, spec_for(model, example_inputs) derives one"
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class PermutationSpec:
         for group in self.groups.values():
             for p in group.parents:
                 if p not in self.groups:
-                    raise ValueError(f"group {group.name!r}: its parent {p!r} is not a group of the spec")
+                    raise ValueError(
+                        f"group {group.name!r}: its parent {p!r} is not a group of the spec; add it to groups"
+                    )
         for name, axes in self.tensors.items():
             for a in axes:
                 for g in a.layout.groups():
                     if g not in self.groups:
-                        raise ValueError(f"{name}, axis {a.axis}: {g!r} is not a group of the spec")
+                        raise ValueError(f"{name}, axis {a.axis}: {g!r} is not a group of the spec; add it to groups")
 
     # ---- looking things up -------------------------------------------------------------------------------------------
     def size(self, group: str) -> int:
@@ -94,14 +97,18 @@ class PermutationSpec:
         """Raises BadInput unless every listed tensor is there and has the sizes the spec says."""
         for name, axes in self.tensors.items():
             if name not in shapes:
-                raise BadInput(f"{what} has no tensor {name!r}, which the permutation spec ({self.architecture}) lists")
+                raise BadInput(
+                    f"{what} has no tensor {name!r}, which the permutation spec ({self.architecture}) lists",
+                    remedy=_OTHER_SPEC,
+                )
             shape = tuple(shapes[name])
             for a in axes:
                 want = a.layout.size(self.size)
                 if a.axis >= len(shape) or shape[a.axis] != want:
                     raise BadInput(
                         f"{what}: {name} has shape {shape}, but axis {a.axis} is '{a.layout}' = {want} in the permutation "
-                        f"spec ({self.architecture}); is it the spec of this model?"
+                        f"spec ({self.architecture})",
+                        remedy=_OTHER_SPEC,
                     )
 
     # ---- permutations ------------------------------------------------------------------------------------------------
@@ -116,11 +123,21 @@ class PermutationSpec:
         """Raises BadInput unless each entry is a permutation of one of the spec's groups."""
         for name, p in perms.items():
             if name not in self.groups:
-                raise BadInput(f"permutation {name!r} is not a group of the spec ({self.architecture})")
+                raise BadInput(
+                    f"permutation {name!r} is not a group of the spec ({self.architecture})"
+                    + did_you_mean(name, self.groups),
+                    remedy="give permutations that were made with this spec",
+                )
             if tuple(p.shape) != self.shape(name):
-                raise BadInput(f"permutation {name!r} has shape {tuple(p.shape)}, expected {self.shape(name)}")
+                raise BadInput(
+                    f"permutation {name!r} has shape {tuple(p.shape)}, expected {self.shape(name)}",
+                    remedy="give permutations of a model of this size",
+                )
             if not torch.equal(p.sort(-1).values, torch.arange(self.size(name), device="cpu").expand(self.shape(name))):
-                raise BadInput(f"permutation {name!r} is not a permutation of 0..{self.size(name) - 1}")
+                raise BadInput(
+                    f"permutation {name!r} is not a permutation of 0..{self.size(name) - 1}",
+                    remedy="every index must occur once (a .npz file that was edited? align again)",
+                )
 
     def _children_first(self) -> list[str]:
         return sorted(self.groups, key=lambda g: len(self._ancestors(g)))
@@ -191,7 +208,10 @@ class PermutationSpec:
                 continue
             leaders = {b.layout.segments[0][0] for b in self.tensors[name] if b.axis != a.axis}
             if len(missing) != 1 or not missing <= leaders:
-                raise ValueError(f"{name}, axis {a.axis}: '{a.layout}' needs {sorted(missing)} to lead another axis")
+                raise ValueError(
+                    f"{name}, axis {a.axis}: '{a.layout}' needs {sorted(missing)} to lead another axis; begin the layout "
+                    "of another axis of this tensor with it"
+                )
             out[a.axis] = missing.pop()
         return out
 
@@ -278,7 +298,10 @@ class PermutationSpec:
             }
             return cls(groups, tensors, data.get("architecture", "file"))
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"not a permutation spec: {error}") from error
+            raise BadInput(
+                f"not a permutation spec: {type(error).__name__}: {error}",
+                remedy="give the text of PermutationSpec.to_json: architecture, groups and tensors",
+            ) from error
 
 
 def normalise(layout: Layout) -> Layout:

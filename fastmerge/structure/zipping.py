@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..ops import pearson, zip_match
-from .alignment import Search, Sweep
+from .alignment import UNREADABLE, Search, Sweep
 from .features import is_feature
 from .permutation import AxisSpec, PermutationSpec
 from .solve import Match, matched_columns, solve
@@ -51,7 +51,10 @@ class ZipAlignment:
     def merge(self, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = (0.5, 0.5)) -> dict[str, Tensor]:
         """The merged tensors: Σ weight · (model zipped along all its axes); tensors without groups are averaged."""
         if len(states) != 2:
-            raise BadInput(f"a zip alignment merges two models, not {len(states)}")
+            raise BadInput(
+                f"a zip alignment merges two models, not {len(states)}",
+                remedy="give the two it was made from, or align more with match='permute'",
+            )
         table = Zipper(self.spec)
         out = {}
         for name, base in states[0].items():
@@ -82,18 +85,22 @@ class ZipAlignment:
     def load(cls, path: str | Path) -> ZipAlignment:
         """Reads what `save` wrote; raises BadInput for any other file."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 about = json.loads(str(data["about"]))
                 labels = {
                     tuple(k.split("|")): torch.from_numpy(data[k].astype(np.int64)) for k in data.files if k != "about"
                 }
                 if about["kind"] != "zip":
                     raise ValueError("the file holds permutations")
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"not a file of zip labels: {error}", where=str(path)) from error
-        trace = [[Sweep(**s) for s in t] for t in about["trace"]]
-        spec = PermutationSpec.from_json(json.dumps(about["spec"]))
-        return cls(spec, labels, trace, about["weight_share"], about["values"])
+            trace = [[Sweep(**s) for s in t] for t in about["trace"]]
+            spec = PermutationSpec.from_json(json.dumps(about["spec"]))
+            return cls(spec, labels, trace, about["weight_share"], about["values"])
+        except UNREADABLE as error:
+            raise BadInput(
+                f"not a file of zip labels: {getattr(error, 'message', error)}",
+                where=str(path),
+                remedy="check the path: ZipAlignment.save writes such files, Alignment.load reads permutations",
+            ) from error
 
 
 class Zipper:

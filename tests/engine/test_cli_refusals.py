@@ -76,17 +76,33 @@ NESTED = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize("text", ["{bad", "[1]", NESTED, b"\xff\xfe\x00"])
-def test_a_bad_configuration_is_found_before_anything_is_written(models, text):
-    text = text if isinstance(text, bytes) else text.encode()
-    (models / "base" / "config.json").write_bytes(text)
-    recipe, said = (
-        write(models),
-        ("config.json is not", str(models / "base" / "config.json"), "what to do: fetch or save"),
-    )
+@pytest.mark.parametrize("model", ["base", "b"])
+def test_a_bad_configuration_is_found_before_anything_is_written(models, model, text):
+    file = models / model / "config.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    recipe, said = write(models), ("config.json is not", str(file), "what to do: fetch or save")
     refused(call("check", recipe), *said)
     refused(call("merge", recipe, models / "out", "--dry-run"), *said)
     refused(call("merge", recipe, models / "out"), *said)
     assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yml"]
+
+
+def test_every_bad_configuration_is_listed(models, monkeypatch):
+    for model in ("a", "b"):
+        (models / model / "config.json").write_text("{}")
+    read = Path.read_bytes  # root may read everything
+
+    def refuse(path: Path) -> bytes:
+        if path == models / "b" / "config.json":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (models / "a" / "config.json").write_text("{")
+    said = call("merge", write(models), models / "out")
+    refused(said, "2 problems with the models", str(models / "a" / "config.json"), "not valid JSON")
+    refused(said, "config.json can not be read: Permission denied", str(models / "b" / "config.json"), "what to do:")
+    assert not (models / "out").exists()
 
 
 def test_side_files_that_can_not_be_read_are_found_before_anything_is_written(models, monkeypatch):

@@ -244,5 +244,13 @@ def test_router_misuse_is_named(tmp_path):
         train({"a": torch.zeros(3, 4)})
     with pytest.raises(BadInput, match="different numbers of features"):
         train({"a": torch.zeros(3, 4), "b": torch.zeros(3, 5)})
-    with pytest.raises(BadInput, match="no router there"):
+    with pytest.raises(BadInput, match=r"(?s)router.json can not be read.*what to do: check the path"):
+        Router.load(tmp_path)
+    train({"a": torch.zeros(3, 4), "b": torch.ones(3, 4)}, epochs=1).save(tmp_path)
+    weights = (tmp_path / "router.safetensors").read_bytes()
+    (tmp_path / "router.safetensors").write_bytes(weights[:-4])
+    with pytest.raises(BadInput, match="the router can not be read"):
+        Router.load(tmp_path)
+    (tmp_path / "router.json").write_text("[]")
+    with pytest.raises(BadInput, match=r"router\.json is not a JSON object"):
         Router.load(tmp_path)

@@ -225,9 +225,13 @@ def test_adapters_of_another_model_are_named(tmp_path):
     path, _ = adapter(tmp_path / "x")
     with pytest.raises(BadInput, match=r"'a.weight', which the base does not have"):
         fw.frank_wolfe({"b.weight": torch.zeros(5, 40)}, [path], gradient)
-    (path / "adapter_config.json").write_text("{")
-    with pytest.raises(BadInput, match="not valid JSON"):
-        fw.frank_wolfe({"b.weight": torch.zeros(5, 40)}, [path], gradient)
+    for text, match in (
+        ("{", "adapter_config.json is not valid JSON"),
+        ("[]", "adapter_config.json is not a JSON obj"),
+    ):
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(BadInput, match=match):
+            fw.frank_wolfe({"b.weight": torch.zeros(5, 40)}, [path], gradient)
 
 
 MEMORY = """

@@ -219,6 +219,19 @@ def damaged(tmp_path, root):
     return tmp_path / "nan"
 
 
+def test_a_candidate_with_a_broken_configuration_is_refused_before_anything_is_written(root, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").symlink_to(root / "tuned" / "model.safetensors")
+    (broken / "config.json").write_text("{")
+    for dry in (True, False):
+        with pytest.raises(BadInput, match=r"config\.json is not valid JSON") as caught:
+            run(recipe(root, root / "tuned", broken), tmp_path / "o", dry_run=dry)
+        assert caught.value.where == str(broken / "config.json")
+        assert caught.value.remedy is not None
+    assert not (tmp_path / "o").exists()
+
+
 def test_extra_tensors_are_an_error_unless_left_out(root, tmp_path):
     model = extra(tmp_path, root)
     with pytest.raises(BadInput, match=r"1 tensors are not in .*'more.weight'"):

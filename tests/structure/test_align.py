@@ -1,5 +1,8 @@
 """Alignment: permuted copies come back exactly, the objective never falls, bad input is named."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from fastmerge.errors import BadInput
 from fastmerge.structure import Alignment, align, check_spec, named_spec
 from fastmerge.structure.units import units
+from fastmerge.structure.zipping import ZipAlignment
 
 
 def permuted(model, spec, seed=7):
@@ -122,9 +126,18 @@ def test_saved_permutations_apply_again(tmp_path):
     loaded = Alignment.load(tmp_path / "perms.npz")
     assert all(torch.equal(t, state[n]) for n, t in loaded.apply(other, 1).items())
     assert loaded.trace[1][0].accepted
-    (tmp_path / "bad.npz").write_bytes(b"not this")
-    with pytest.raises(BadInput, match="not a file of permutations"):
-        Alignment.load(tmp_path / "bad.npz")
+
+
+def test_files_that_hold_no_alignment_are_named(tmp_path):
+    file = tmp_path / "bad.npz"
+    archive = io.BytesIO()
+    np.savez(archive, about=np.array('{"models": 1, "spec": {"groups": {}, "tensors": {}}}'))
+    for content in (b"", b"not this", b"PK\x03\x04 cut", archive.getvalue(), archive.getvalue()[:-30]):
+        file.write_bytes(content)
+        for load, what in ((Alignment.load, "permutations"), (ZipAlignment.load, "zip labels")):
+            with pytest.raises(BadInput, match=f"not a file of {what}") as caught:
+                load(file)
+            assert caught.value.where == str(file)
 
 
 def test_bad_input_is_named():
@@ -135,6 +148,10 @@ def test_bad_input_is_named():
         align([a, a], weight_share=0.5)
     with pytest.raises(BadInput, match="order must be one of"):
         align([a, a], order="sideways")
+    with pytest.raises(BadInput, match=r"preset must be one of .*git-rebasin.*did you mean"):
+        align([a, a], preset="git-rebase")
+    with pytest.raises(BadInput, match=r"(?s)proj.weight: axis 1 of size 24 does not fit.*'vit'.*heads="):
+        named_spec("vit", zoo.build("vit").state_dict(), heads=5)
     with pytest.raises(BadInput, match=r"(?s)unknown architecture 'mlpp'.*did you mean 'mlp'"):
         align([a, a], "mlpp")
     with pytest.raises(BadInput, match=r"models\[1\] has no tensor 'layers.2.weight'"):
