@@ -4,6 +4,7 @@ FASTMERGE_BUILD = auto (default: CPU kernels, and CUDA ones when nvcc is found) 
 """
 
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -47,6 +48,19 @@ def tool(name: str) -> list[str]:
     return [path, os.path.realpath(path), said.stdout]
 
 
+def program(name: str) -> str | None:
+    """CMake or Ninja of this environment, or else of PATH, where another version may be first.
+
+    Files made by one version of CMake are all made again by another.
+    """
+    try:
+        package = importlib.import_module(name)
+        folder = package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR
+    except (ImportError, AttributeError):
+        folder = None
+    return (folder and shutil.which(name, path=folder)) or shutil.which(name)
+
+
 class Modules(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """Without benchmarks/test_operators.py, which pytest runs in a clone."""
@@ -72,7 +86,7 @@ class CMakeBuild(build_ext):
 
     def build_in(self, here: Path, work: Path, target: Path) -> None:
         configure = [
-            "cmake", "-S", str(here), "-B", str(work), "-G", "Ninja",
+            program("cmake") or "cmake", "-S", str(here), "-B", str(work), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={kept_pybind11(work)}",
@@ -82,16 +96,16 @@ class CMakeBuild(build_ext):
         # CMake remembers what it found: other tools or flags than last time need a fresh look, and compile everything.
         variables = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAARCHS", "CUDAHOSTCXX")
         tools = [tool(os.environ.get("CXX") or "c++"), tool(os.environ.get("CUDACXX") or "nvcc")]
-        found = json.dumps([configure, {v: os.environ.get(v) for v in variables}, tools])
+        found = json.dumps([configure[1:], {v: os.environ.get(v) for v in variables}, tools])
         seen = work / "configured.json"
         same = seen.exists() and seen.read_text() == found
         seen.unlink(missing_ok=True)
-        if ninja := shutil.which("ninja"):  # of this environment, not the one that CMake remembers
+        if ninja := program("ninja"):  # not the one that CMake remembers
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         try:
             subprocess.run(configure + ["--fresh"] * (not same), check=True)
             seen.write_text(found)
-            subprocess.run(["cmake", "--build", str(work), "--target", "_C"], check=True)
+            subprocess.run([configure[0], "--build", str(work), "--target", "_C"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
                 f"fastmerge: the native kernels could not be built ({error}).\n"
