@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -78,6 +80,22 @@ def dynamic_shared(kernel: str) -> int:
     return 2 * _cuda.THREADS * 4 if "step_products" in kernel else 0
 
 
+def kept_rows(name: str, arch: int) -> dict[str, dict[str, Any]]:
+    """:func:`rows`, from the last time when nothing that they follow from has changed since: they take seconds."""
+    tools = [importlib.metadata.version(d) for d in ("nvidia-cuda-nvrtc", "triton")]  # the disassemblers are Triton's
+    given = repr((name, arch, _cupy.source(name), _cupy.OPTIONS, tools, _cuda.THREADS, TOGETHER, STAGE)).encode()
+    readers = [Path(f).read_bytes() for f in (__file__, Path(__file__).with_name("occupancy.py"))]
+    folder = Path(tempfile.gettempdir()) / f"fastmerge-nvrtc-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    file = folder / f"{hashlib.sha256(given + b''.join(readers)).hexdigest()[:16]}.json"
+    if not file.exists():
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(rows(name, arch)))
+        part.rename(file)  # two processes may be at it
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    return found
+
+
 def rows(name: str, arch: int) -> dict[str, dict[str, Any]]:
     """{kernel: resources} of one source for one target."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -112,7 +130,7 @@ def table() -> dict[str, dict[str, dict[str, Any]]]:
     """{target: {kernel: resources}}."""
     jobs = [(name, arch) for arch in TARGETS for name in _cupy.SOURCES]
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: rows(*job), jobs)
+        results = pool.map(lambda job: kept_rows(*job), jobs)
     found: dict[str, dict[str, Any]] = {f"sm_{arch}": {} for arch in TARGETS}
     for (_, arch), part in zip(jobs, results, strict=True):
         found[f"sm_{arch}"] |= part

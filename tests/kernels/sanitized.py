@@ -1,9 +1,14 @@
-"""Run in a process of its own with a sanitizer preloaded: the operators' cases, or one planted kernel, in the emulator.
+"""Run in a process of its own with a sanitizer preloaded: the operators' cases, and planted kernels, in the emulator.
 
-usage: sanitized.py address|thread cases | sanitized.py address|thread|"" KERNEL
+usage: sanitized.py address|thread|"" FOLDER cases|KERNEL...
+
+A sanitizer ends the process that it accuses, so each runs in a fork of this one, which has imported everything and has
+started no thread. What it says goes to FOLDER/NAME, and its exit code is the last line.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +50,31 @@ def planted(emulator: Emulator, kernel: str) -> None:
         assert result[:256].tolist() == source[255::-1].tolist(), "wrong result"
 
 
+def apart(emulator: Emulator, what: str, folder: Path) -> None:
+    if not (child := os.fork()):
+        code = 1
+        out = os.open(folder / what, os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        try:
+            if what == "cases":
+                cases(emulator)
+            else:
+                planted(emulator, what)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    with (folder / what).open("a") as out:
+        out.write(f"\n{os.waitstatus_to_exitcode(status)}")
+
+
 if __name__ == "__main__":
-    sanitizer, what = sys.argv[1:]
-    if what == "cases":
-        cases(Emulator(sanitizer=sanitizer, schedule=1))
-    else:
-        planted(Emulator(sanitizer=sanitizer), what)
-    print("done")
+    sanitizer, folder, *names = sys.argv[1:]
+    emulators = {schedule: Emulator(sanitizer=sanitizer, schedule=schedule) for schedule in (0, 1)}
+    for name in names:
+        apart(emulators[name == "cases"], name, Path(folder))

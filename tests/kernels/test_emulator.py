@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checks import assert_close, assert_same_bits, check_op
-from kernels.emulated import SANITIZERS, Emulator
+from kernels.emulated import SANITIZERS, Emulator, build
 
 from fastmerge import _cuda
 from fastmerge._dispatch import BackendUnavailable
@@ -38,11 +39,8 @@ def emulator():
 @pytest.fixture(scope="module", autouse=True)
 def builds():
     """The libraries that the tests load, compiled beside each other."""
-    script = "import sys; sys.path[:0] = [sys.argv[1]]; from kernels.emulated import build; build(sys.argv[2])"
-    running = [
-        subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent.parent), s]) for s in SANITIZERS
-    ]
-    assert [r.wait() for r in running] == [0] * len(SANITIZERS)
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        list(pool.map(build, SANITIZERS))
 
 
 @pytest.mark.parametrize("schedule", [0, 2])
@@ -369,60 +367,73 @@ def test_traffic_stays_near_the_minimum(emulator, dtype):
     assert all(traffic <= 1.3 and full >= 0.8 for traffic, full in tiled.values()), tiled
 
 
-def _sanitized(sanitizer: str, what: str) -> tuple[int, str]:
+PLANTED = [
+    ("thread", "reverse_race_kernel", "data race"),
+    ("", "reverse_race_kernel", "wrong result"),
+    ("address", "copy_overrun_kernel", "heap-buffer-overflow"),
+    ("address", "shared_overrun_kernel", "heap-buffer-overflow"),
+    ("address", "overflow_kernel", "signed integer overflow"),
+    ("", "barrier_skipped_kernel", "deadlock: 128 threads wait"),
+    ("", "misaligned_kernel", "misaligned load"),
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """(exit code, output) by (sanitizer, "cases" or kernel): one process for each sanitizer, which forks."""
+    folders = {s: tmp_path_factory.mktemp("sanitized") for s in SANITIZERS}
+    names = {s: ["reverse_ok_kernel", *(k for t, k, _ in PLANTED if t == s), *["cases"] * bool(s)] for s in SANITIZERS}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTMERGE")}
     environment |= {
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
     }
-    if sanitizer:
-        name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
-        compiler = os.environ.get("CXX", "g++")
-        environment["LD_PRELOAD"] = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-    # ThreadSanitizer wants its fixed addresses free.
-    fixed = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
-    script = Path(__file__).parent / "sanitized.py"
-    run = subprocess.run(
-        [*fixed, sys.executable, str(script), sanitizer, what],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return run.returncode, run.stdout + run.stderr
+    compiler = os.environ.get("CXX", "g++")
+
+    def start(sanitizer: str) -> subprocess.Popen[str]:
+        preload = {}
+        if sanitizer:
+            name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+            preload["LD_PRELOAD"] = subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        # ThreadSanitizer wants its fixed addresses free.
+        fixed = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
+        script = str(Path(__file__).parent / "sanitized.py")
+        command = [*fixed, sys.executable, script, sanitizer, str(folders[sanitizer]), *names[sanitizer]]
+        return subprocess.Popen(
+            command, env=environment | preload, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    running = [start(s) for s in SANITIZERS]
+    said = [r.communicate(timeout=600)[0] for r in running]
+    assert [r.returncode for r in running] == [0] * len(running), said
+    found = {}
+    for sanitizer, kernels in names.items():
+        for kernel in kernels:
+            text, _, code = (folders[sanitizer] / kernel).read_text().rpartition("\n")
+            found[sanitizer, kernel] = int(code), text
+    return found
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_every_case_is_clean_under(sanitizer):
-    code, text = _sanitized(sanitizer, "cases")
+def test_every_case_is_clean_under(sanitized, sanitizer):
+    code, text = sanitized[sanitizer, "cases"]
     assert code == 0, text[-5000:]
-    assert "done" in text
     assert int(text.split(" launches")[0].split()[-1]) > 200
 
 
-@pytest.mark.parametrize(
-    ("sanitizer", "kernel", "seen"),
-    [
-        ("thread", "reverse_race_kernel", "data race"),
-        ("", "reverse_race_kernel", "wrong result"),
-        ("address", "copy_overrun_kernel", "heap-buffer-overflow"),
-        ("address", "shared_overrun_kernel", "heap-buffer-overflow"),
-        ("address", "overflow_kernel", "signed integer overflow"),
-        ("", "barrier_skipped_kernel", "deadlock: 128 threads wait"),
-        ("", "misaligned_kernel", "misaligned load"),
-    ],
-)
-def test_a_planted_bug_is_seen(sanitizer, kernel, seen):
-    code, text = _sanitized(sanitizer, kernel)
+@pytest.mark.parametrize(("sanitizer", "kernel", "seen"), PLANTED)
+def test_a_planted_bug_is_seen(sanitized, sanitizer, kernel, seen):
+    code, text = sanitized[sanitizer, kernel]
     assert code != 0
     assert seen in text, text[-3000:]
     assert "planted.cuh" in text or not sanitizer
 
 
-@pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
-def test_a_correct_kernel_is_not_accused(sanitizer):
-    code, text = _sanitized(sanitizer, "reverse_ok_kernel")
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_a_correct_kernel_is_not_accused(sanitized, sanitizer):
+    code, text = sanitized[sanitizer, "reverse_ok_kernel"]
     assert code == 0, text[-3000:]
 
 

@@ -1,5 +1,6 @@
-"""Run by test_frank_wolfe_distributed in each of two processes: python fw_two_processes.py RANK FOLDER."""
+"""Run by test_frank_wolfe_distributed: python fw_two_processes.py FOLDER, which forks into two processes."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastmerge import fw
@@ -157,8 +159,6 @@ def main(rank, folder):
     found["sharded candidate"] = refusal(base=spread, candidates=[spread])
 
     # FSDP2: fm.gradient drives the sharded module.
-    from torch.distributed.fsdp import fully_shard
-
     net, _, pool, batches = net_problem()
     for layer in net.layers:
         fully_shard(layer, mesh=mesh)
@@ -178,4 +178,10 @@ def main(rank, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    import torch._dynamo  # for DTensors: before the fork, it is imported once
+
+    torch.set_num_threads(1)  # two processes share the machine
+    other = os.fork()
+    main(int(other == 0), sys.argv[1])
+    if other:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
