@@ -7,6 +7,7 @@ integers: a Python float would reach the kernel as float32 even when it computes
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -38,9 +39,25 @@ if INTERPRETING:
 MAX_UNROLLED = 4  # models taken as kernel arguments, all loads in flight; beyond, a table and a loop (registers)
 
 
+@functools.lru_cache(maxsize=64)
+def _target(driver: Any, _device: int) -> Any:
+    return driver.get_current_target()
+
+
 def target() -> Any:
     """The GPU that Triton compiles for: .backend ("cuda" or "hip"), .arch, .warp_size."""
-    return triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv takes 6 microseconds on the host.)"""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of two from n > 0 on."""
+    return 1 << (n - 1).bit_length()
 
 
 def block_size(compute: torch.dtype) -> int:
@@ -73,7 +90,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     if "maxnreg" in meta and target().backend != "cuda":
         del meta["maxnreg"]
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=False, **meta)
 
 

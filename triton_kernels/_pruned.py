@@ -3,6 +3,12 @@
 Three steps: P = x E, transforms along the rows on the few removed columns; the transform of P along the other axis, the
 gains and the way back; x − D Eᵀ. The second step is torch.fft for large matrices. For small ones (`turns`) it is two more
 products, since few of that axis' bins are removed either: two launches for any number of matrices, and the same bits.
+
+*Folding.* A quarter of the products suffices for a line of L = 8 K elements: with w = v + jK the angle 2πcw/L of column c is
+2πcv/L + 2πcj/8, and its second part depends on c's remainder by 8 only, with opposite signs for g and 8 − g. So a transform
+of length 8 across the line's parts comes first, (a, b) for each of four groups of columns (0 and 4, 1 and 7, 2 and 6, 3 and
+5), and a column is a product of its group's two parts alone. That is one pass more over the data, and one more at the end;
+but the models of a merge are read once.
 """
 
 from __future__ import annotations
@@ -10,19 +16,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETING, jit, launch, narrow, target, tl, triton, warps
-from ._stages import _delta, _inputs, _listed
+from ._jit import INTERPRETING, cdiv, launch, power_of_2, target, warps
+from ._pruned_kernels import fold_kernel, project_kernel, subtract_kernel, turn_kernel, unfold_kernel
 
+FOLD = 8  # parts of a line
 SMALL = 1 << 20  # elements: what may come with others (fastmerge/_dispatch.py)
 TURN = {"BM": 16, "BN": 32, "BK": 64}  # tiles of `turn_kernel`
 PART = 256  # rows of a part, about, see `turn_kernel`
 STEP = 128  # rows, see `turn_kernel`: a multiple of its tiles
 TURNS = 1 << 24  # products of a panel and roots up to which they are no slower than torch.fft
+_ENOUGH = 200  # programs of a launch, for which tiles get smaller
 
 
 class Mask(Protocol):
@@ -83,117 +91,6 @@ def _removed(key: Key) -> Tensor:
     return 1.0 - whole
 
 
-# ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@jit(do_not_specialize=["weights"])
-def project_kernel(
-    base_ptr, model_ptrs, weights, basis_ptr, out_ptr, bad_ptr, M, K, N, stride_m, stride_k, size,
-    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out[M, N] = delta[M, K] · basis[K, N], of every matrix of the batch; notes matrices that hold a NaN or an Inf."""
-    batch = tl.program_id(2).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), tl.float32)
-    odd = tl.zeros((BM, BK), tl.int32)
-    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
-    for start in tl.range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        ok = (m[:, None] < M) & (k[None, :] < K)
-        at = first * size + m[:, None].to(tl.int64) * stride_m + k[None, :].to(tl.int64) * stride_k
-        x = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32)
-        odd = odd | ((x - x) != 0).to(tl.int32)
-        e = tl.load(basis_ptr + k[:, None] * N + n[None, :], mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
-        total = tl.dot(x, e, total, input_precision=PRECISION)
-    place = out_ptr + batch * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(place, total, mask=(m[:, None] < M) & (n[None, :] < N))
-    if tl.max(tl.max(odd, 1), 0) > 0:
-        tl.atomic_max(bad_ptr + batch, 1)
-
-
-@jit(do_not_specialize=["weights"])
-def subtract_kernel(
-    base_ptr, model_ptrs, weights, thin_ptr, basis_ptr, bad_ptr, out_ptr, M, K, N, stride_m, stride_n, size,
-    table_ptr, ALIGN: tl.constexpr, HAS_BASE: tl.constexpr, WEIGHTED: tl.constexpr, ADD_BASE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out = (base +) delta − thin[M, K] · basis[N, K]ᵀ."""
-    batch = tl.program_id(2).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    low = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        d = tl.load(thin_ptr + batch * M * K + m[:, None].to(tl.int64) * K + k[None, :],
-                    mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)  # fmt: skip
-        e = tl.load(basis_ptr + n[None, :] * K + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        low = tl.dot(d, e, low, input_precision=PRECISION)
-    ok = (m[:, None] < M) & (n[None, :] < N)
-    first, base_ptr, model_ptrs, weights = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
-    out_ptr = _listed(table_ptr, batch, 0, len(model_ptrs), out_ptr, ALIGN)
-    at = first * size + m[:, None].to(tl.int64) * stride_m + n[None, :].to(tl.int64) * stride_n
-    y = _delta(base_ptr, model_ptrs, weights, at, ok, HAS_BASE, WEIGHTED, tl.float32) - low
-    y = tl.where(tl.load(bad_ptr + batch) != 0, float("nan"), y)
-    if ADD_BASE:
-        y = tl.load(base_ptr + at, mask=ok, other=0.0).to(tl.float32) + y
-    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
-
-
-@jit
-def turn_kernel(
-    thin_ptr, coarse_ptr, fine_ptr, factor_ptr, out_ptr, M, K, N, bins, steps, parts, rows, BACK: tl.constexpr, PRECISION: tl.constexpr,
-    STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out[M, N] = roots[M, K] · thin[K, N] of complex numbers, (re, im) in turn along N, of every matrix of the batch.
-
-    Rows to bins, which are multiplied by their factors, as sums of `rows` rows each, so that enough programs have work; or
-    BACK, the sum of these `parts` by the conjugate roots. The root of a bin and a row is that of the row's multiple of STEP,
-    times that of the rest.
-    """
-    batch, columns = tl.program_id(2).to(tl.int64), tl.cdiv(N, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
-    part = tl.program_id(0) // columns
-    begin, end, first = part * rows, tl.minimum(part * rows + rows, K), batch
-    if BACK:
-        begin, end, first = 0, K, batch * parts
-    c = tl.zeros((BM, BN), tl.float32)
-    s = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(begin, end, BK):
-        k = start + tl.arange(0, BK)
-        here = thin_ptr + first * K * N + k[:, None] * N + n[None, :]
-        inside = (k[:, None] < K) & (n[None, :] < N)
-        x = tl.load(here, mask=inside, other=0.0)
-        if BACK:
-            for i in tl.range(1, parts):
-                x += tl.load(here + i * K * N, mask=inside, other=0.0)
-        ok = (m[:, None] < M) & (k[None, :] < K)
-        if BACK:
-            coarse = coarse_ptr + k[None, :] * steps + tl.program_id(1) * BM // STEP
-            fine = fine_ptr + k[None, :] * STEP + m[:, None] % STEP
-        else:
-            coarse = coarse_ptr + m[:, None] * steps + start // STEP
-            fine = fine_ptr + m[:, None] * STEP + k[None, :] % STEP
-        cc, ct = tl.load(coarse, mask=ok, other=0.0), tl.load(coarse + bins * steps, mask=ok, other=0.0)
-        fc, ft = tl.load(fine, mask=ok, other=0.0), tl.load(fine + bins * STEP, mask=ok, other=0.0)
-        c = tl.dot(cc * fc - ct * ft, x, c, input_precision=PRECISION)
-        s = tl.dot(cc * ft + ct * fc, x, s, input_precision=PRECISION)
-    cr, ci = c.reshape(BM, BN // 2, 2).split()
-    sr, si = s.reshape(BM, BN // 2, 2).split()
-    if BACK:
-        re, im = cr + si, ci - sr
-    else:
-        half = tl.program_id(0) % columns * (BN // 2) + tl.arange(0, BN // 2)
-        f = tl.load(factor_ptr + m[:, None] * (N // 2) + half[None, :],
-                    mask=(m[:, None] < M) & (2 * half[None, :] < N), other=0.0)  # fmt: skip
-        re, im = (cr - si) * f, (ci + sr) * f
-    to = batch if BACK else batch * parts + part
-    place = out_ptr + to * M * N + m[:, None] * N + n[None, :]
-    tl.store(place, tl.join(re, im).reshape(BM, BN), mask=(m[:, None] < M) & (n[None, :] < N))
-
-
 # --------------------------------------------------------------------------------------------------------- launcher
 
 
@@ -208,61 +105,150 @@ def products(tf32: bool) -> str:
     return "ieee" if INTERPRETING or target().backend != "cuda" else "tf32" if tf32 else "tf32x3"
 
 
+def _tile(rows: int, columns: int, groups: int, several: bool) -> dict[str, int]:
+    """Of a product [rows, columns]. It does not depend on the number of matrices.
+
+    several: the kernel reads several streams, which take registers. The wide tile is what was fastest on an H100, of twelve;
+    it spills on Blackwell, and AMD has too little shared memory for it.
+    """
+    if INTERPRETING:
+        return {"BM": 128, "BN": 128, "BK": 128}
+    gpu = target()
+    widest = 128 if gpu.backend == "cuda" and gpu.arch // 10 in (8, 9) and not several else 64
+    width = min(widest, max(16, power_of_2(columns)))
+    while width > 32 and cdiv(rows, 64) * groups * cdiv(columns, width) < _ENOUGH:
+        width //= 2
+    stages, threads = (2, 8) if widest == 64 else (3, 4)
+    return {"BM": 64, "BN": width, "BK": 32, "num_stages": stages, "num_warps": warps(threads)}
+
+
+def _fold_tile(parts: int, rows: bool) -> dict[str, int]:
+    """512 elements of every part, 4 a thread, along a line; or (rows) 32 lines, which lie side by side in memory."""
+    if INTERPRETING:
+        return {"BM": 64, "BK": 128}
+    length = 16 if rows else min(512, power_of_2(parts))
+    return {"BM": 512 // length, "BK": length, "num_warps": warps(4)}
+
+
 def pruned(source, flags, out, mask, batch, compute, add_base, tf32):  # type: ignore[no-untyped-def]
     height, width, device = mask.height, mask.width, out.device
     over_rows = height < width  # contract the shorter axis first
-    basis, factor = _bases(Key(mask), over_rows, device)
-    m, k, stride_m, stride_k = (width, height, 1, width) if over_rows else (height, width, width, 1)
-    n = basis.shape[1]
-    thin = torch.empty(batch, m, n, dtype=torch.float32, device=device)
+    m, length, *strides = (width, height, 1, width) if over_rows else (height, width, width, 1)
+    several = flags["HAS_BASE"] or flags["WEIGHTED"]
+    basis = _bases(Key(mask), over_rows, folds(mask, several), device)
+    groups, _, n, k = basis.there.shape
+    columns, size, parts = groups * n, height * width, length // FOLD
+    panel = turns(mask)
+    # (re, im) of a column side by side; then columns for products, rows for torch.fft
+    layout = (columns, 2) if panel else (2, 2 * m)
+    thin = torch.empty(batch, m * columns, dtype=torch.float32, device=device)
     bad = torch.zeros(batch, dtype=torch.int32, device=device)
-    precision = products(tf32)
-    tile = {"BM": 128, "BN": 128, "BK": 128} if INTERPRETING else {"BM": 64, "BN": 64, "BK": 32}
-    always = {"PRECISION": precision, "num_warps": warps(8), "device": device, **tile}
+    always = {"PRECISION": products(tf32), "device": device}
+    inner, into, given, place = source, out, flags, strides
+    if groups > 1:
+        into, place = torch.empty(batch, m, length, dtype=torch.float32, device=device), (length, 1)
+        inner, several = (into, (into,), (0,)), False
+        given = {"HAS_BASE": False, "WEIGHTED": False, "table_ptr": None, "ALIGN": 1}
+        fold: dict[str, Any] = {**_fold_tile(parts, over_rows), "device": device}
+        grid = (cdiv(parts, fold["BK"]), cdiv(m, fold["BM"]), batch)
+        launch(fold_kernel, grid, *source, into, m, parts, *strides, size, **fold, **flags)
+    tile = _tile(m, n, groups, several)
     launch(
-        project_kernel, (triton.cdiv(n, tile["BN"]), triton.cdiv(m, tile["BM"]), batch),
-        *source, basis, thin, bad, m, k, n, stride_m, stride_k, height * width, **always, **flags,
+        project_kernel, (groups * cdiv(n, tile["BN"]), cdiv(m, tile["BM"]), batch),
+        *inner, basis.there, thin, bad, m, k, n, *place, size, *layout, **tile, **always, **given,
     )  # fmt: skip
-    if turns(mask):
-        coarse, fine, of_bins = _roots(Key(mask), over_rows, device)
-        r, steps = coarse.shape[1:]
-        turn = always | {"STEP": STEP}
-        if not INTERPRETING:
-            turn |= TURN | {"num_warps": warps(4)}
-        parts = max(1, min(m // r, triton.cdiv(m, PART)))  # no more memory than `thin` has
-        rows = triton.cdiv(m, parts * STEP) * STEP
-        parts = triton.cdiv(m, rows)
-        columns, low = triton.cdiv(n, turn["BN"]), torch.empty(batch, parts, r, n, dtype=torch.float32, device=device)
-        common = (coarse, fine, of_bins)
-        launch(turn_kernel, (columns * parts, triton.cdiv(r, turn["BM"]), batch), thin, *common, low, r, m, n, r, steps,
-               parts, rows, BACK=False, **turn)  # fmt: skip
-        launch(turn_kernel, (columns, triton.cdiv(m, turn["BM"]), batch), low, *common, thin, m, r, n, r, steps,
-               parts, rows, BACK=True, **turn)  # fmt: skip
+    if panel:
+        _turn(thin, _roots(Key(mask), over_rows, groups > 1, device), m, columns, batch, always)
     else:
-        bins = torch.view_as_complex(thin.view(batch, m, n // 2, 2))
-        bins = transformed(lambda b: torch.fft.ifft(torch.fft.fft(b, dim=1) * factor, dim=1), bins, flags)
-        thin = torch.view_as_real(bins).contiguous()
+        bins = torch.view_as_complex(thin.view(batch, columns // 2, m, 2))
+        bins = transformed(lambda b: torch.fft.ifft(torch.fft.fft(b).mul_(basis.factor), norm="forward"), bins, flags)
+        thin = torch.view_as_real(bins.mT.contiguous())
+    tile = _tile(m, k, groups, several)
     launch(
-        subtract_kernel, (triton.cdiv(k, tile["BN"]), triton.cdiv(m, tile["BM"]), batch),
-        *source, thin, basis, bad, out, m, n, k, stride_m, stride_k, height * width, ADD_BASE=add_base, **always, **flags,
+        subtract_kernel, (groups * cdiv(k, tile["BN"]), cdiv(m, tile["BM"]), batch),
+        *inner, thin, basis.back, bad, into, m, n, k, *place, size, ADD_BASE=add_base and groups == 1, **tile, **always, **given,
     )  # fmt: skip
+    if groups > 1:
+        launch(unfold_kernel, grid, into, source[0], bad, out, m, parts, *strides, size, flags["table_ptr"],
+               ALIGN=flags["ALIGN"], MODELS=len(source[1]), ADD_BASE=add_base, **fold)  # fmt: skip
+
+
+def _turn(
+    thin: Tensor, tables: tuple[Tensor, Tensor, Tensor], m: int, columns: int, batch: int, meta: dict[str, Any]
+) -> None:
+    """The panel's transforms of length m as products, in place."""
+    coarse, fine, of_bins = tables
+    bins, steps = coarse.shape[1:]
+    meta = meta | ({"BM": 128, "BN": 128, "BK": 128} if INTERPRETING else TURN) | {"STEP": STEP, "num_warps": warps(4)}
+    parts = max(1, min(m // bins, cdiv(m, PART)))  # no more memory than `thin` has
+    rows = cdiv(m, parts * STEP) * STEP
+    parts, blocks = cdiv(m, rows), cdiv(columns, meta["BN"])
+    low = torch.empty(batch, parts, bins, columns, dtype=torch.float32, device=thin.device)
+    launch(turn_kernel, (blocks * parts, cdiv(bins, meta["BM"]), batch), thin, coarse, fine, of_bins, low, bins, m, columns,
+           bins, steps, parts, rows, BACK=False, **meta)  # fmt: skip
+    launch(turn_kernel, (blocks, cdiv(m, meta["BM"]), batch), low, coarse, fine, of_bins, thin, m, bins, columns,
+           bins, steps, parts, rows, BACK=True, **meta)  # fmt: skip
+
+
+def folds(mask: Mask, several: bool) -> bool:
+    """Whether lines are folded: two passes of 8 bytes an element and less work after them (docs/gpu.md has the crossover)."""
+    shorter, longer = sorted((mask.height, mask.width))
+    if shorter % FOLD or shorter < 16 * FOLD:
+        return False
+    return several or thin_axis(Key(mask))[0] > max(32, min(96, longer // 64))
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+class Basis(NamedTuple):
+    """What the products take, on the device."""
+
+    there: Tensor  # float32 [groups, (high, low), N, K]: of groups of K of a line
+    back: Tensor  # the same, [groups, (high, low), K, N]
+    factor: Tensor  # float32 [groups · N / 2, M]: of the bins to subtract
+
+
+def parts_of(x: Tensor) -> Tensor:
+    """float32 [..., 2, N, K] of float64 [..., N, K]: 11 bits and the next 24, of which tensor cores take 11."""
+    high = (x.float().view(torch.int32) + 4096 & -8192).view(torch.float32)
+    return torch.stack([high, (x - high.double()).float()], -3)
 
 
 @functools.lru_cache(maxsize=32)
-def _bases(key: Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(basis [K, 2C] of cos and −sin along the axis contracted first, factors [M, C] of the bins to subtract)."""
+def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
+    """cos and −sin along the axis contracted first, of groups of columns."""
     removed = _removed(key)
-    removed = removed.T if over_rows else removed  # [M, K]
-    k = removed.shape[1]
-    first = (removed[:, : k // 2 + 1] != 0).any(0).nonzero()[:, 0]
-    angle = 2 * math.pi * ((torch.arange(k, device=first.device)[:, None] * first) % k).double() / k
-    basis = torch.stack([angle.cos(), -angle.sin()], 2).reshape(k, -1).float()
-    twice = torch.where((first == 0) | (2 * first == k), 1.0, 2.0)  # a bin and its mirror
-    factor = (removed[:, first] * twice / k).float()
-    # Columns of zeros, so that rows of the thin matrices start at multiples of 64 bytes; not so many that they are wide.
-    more = -len(first) % max(1, min(8, k // 2))
-    pad = torch.nn.functional.pad
-    return pad(basis, (0, 2 * more)).to(device), pad(factor, (0, more)).to(device)
+    removed = removed.T if over_rows else removed  # [M, L]
+    length = removed.shape[1]
+    first = (removed[:, : length // 2 + 1] != 0).any(0).nonzero()[:, 0]
+    r = FOLD if folded else 1
+    remainder = torch.minimum(first % r, -first % r)
+    members = [first[remainder % max(1, r // 2) == g] for g in range(max(1, r // 2))]
+    # Columns of zeros, so that groups are alike, and rows of the thin matrix start at multiples of 64 bytes.
+    most = max(len(c) for c in members)
+    most += -most % max(1, min(8, length // 2))
+    v = torch.arange(length // r, device="cpu")
+    # [group, column, (re, im), (a, b), v]
+    basis = torch.zeros(len(members), most, 2, min(r, 2), len(v), dtype=torch.float64, device="cpu")
+    factor = torch.zeros(len(members), most, len(removed), device="cpu")
+    for g, columns in enumerate(members):
+        here, there = slice(len(columns)), (columns % r)[:, None, None]
+        angle = 2 * math.pi * ((columns[:, None] * v) % length).double() / length
+        straight, turned = torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)
+        if g == 0:  # each of its columns has one part only
+            for part in range(min(r, 2)):
+                basis[g, here, :, part] = straight * (there == part * (r // 2))
+        else:
+            basis[g, here, :, 0] = straight
+            basis[g, here, :, 1] = turned * torch.where(there == g, 1.0, -1.0)
+        twice = torch.where((columns == 0) | (2 * columns == length), 1.0, 2.0)  # a bin and its mirror
+        factor[g, here] = (removed[:, columns] * twice / (length * len(removed))).float().T
+    basis = basis.reshape(len(members), 2 * most, -1)  # [group, N, K]
+    # Folding's rows are sqrt(r) and sqrt(r / 2) long: its inverse is its transpose over their squares.
+    squares = torch.tensor([float(r)] + [r / 2] * (len(members) - 1), dtype=torch.float64, device="cpu")[:, None, None]
+    there, back = parts_of(basis), parts_of(basis.mT * squares)
+    return Basis(there.contiguous().to(device), back.contiguous().to(device), factor.flatten(0, 1).to(device))
 
 
 def turns(mask: Mask) -> bool:
@@ -282,11 +268,11 @@ def _turn_products(key: Key) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _roots(key: Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _roots(key: Key, over_rows: bool, folded: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """cos and −sin of 2π rm/M for the R bins to remove along the axis contracted last, [2, R, M / STEP] for m that are
     multiples of STEP, [2, R, STEP] for m below it; and the factors [R, C].
     """  # fmt: skip
-    factor = _bases(key, over_rows, torch.device("cpu"))[1]  # [M, C]
+    factor = _bases(key, over_rows, folded, torch.device("cpu")).factor.T  # [M, C]
     m = len(factor)
     bins = (factor != 0).any(1).nonzero()[:, 0]
 
@@ -294,5 +280,5 @@ def _roots(key: Key, over_rows: bool, device: torch.device) -> tuple[Tensor, Ten
         angle = 2 * math.pi * ((bins[:, None] * of) % m).double() / m
         return torch.stack([angle.cos(), -angle.sin()]).float().to(device)
 
-    scaled = (factor[bins].double() / m).float().to(device)
+    scaled = factor[bins].contiguous().to(device)
     return roots(torch.arange(0, m, STEP, device=bins.device)), roots(torch.arange(STEP, device=bins.device)), scaled

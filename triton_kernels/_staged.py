@@ -6,8 +6,7 @@
 half spectrum are written), columns forward, gain and back (in place), rows back (x − low, base, cast). Only the blocks of
 n1 columns that hold a removed one are computed and stored; where that is most of them, the kept part is transformed back
 instead and x is not read again. The spectrum lies in memory so that every access is whole sectors, both ways: 2 rows
-x 2 columns x (re, im) of float32 are the 32 bytes of one sector. Lengths of three stages have kernels of their own
-(_staged_long.py) over the same layout, so that any pair of lengths goes together.
+x 2 columns x (re, im) of float32 are the 32 bytes of one sector.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from torch import Tensor
 
 from ._jit import INTERPRETING, jit, launch, target, tl, warps
 from ._pruned import Key, mask_tables
-from ._staged_long import lanes, long_columns_kernel, long_rows_back_kernel, long_rows_forward_kernel
-from ._staged_long import tables as three_tables
 from ._stages import (
-    LONG,
     Shape,
     _add_product,
     _delta,
@@ -32,7 +28,6 @@ from ._stages import (
     _listed,
     _roots,
     _times,
-    kept,
     matrix,
     padded,
     shape,
@@ -225,23 +220,16 @@ def three_launches(source: Any, flags: Any, out: Tensor, mask: Any, batch: int, 
     rows, pairs, tables, keep = plan.rows, -(-height // 2), mask.bounds.shape[0], int(plan.keep)
     spectrum = torch.empty(batch, pairs, rows.n1, plan.blocks // 2, 8, dtype=torch.float32, device=device)
     bad = torch.zeros(batch, dtype=torch.int32, device=device)
-    forward: Any
-    back: Any
-    if rows.n3 > 1:
-        forward, back = long_rows_forward_kernel, long_rows_back_kernel
-        sizes, lines = tuple(rows), (three_tables(rows, device),)
-        meta, few = {"P": LONG, "WHOLE": int(rows.n2 == LONG), "LANES": lanes()[0]}, {}
-    else:
-        forward, back = rows_forward_kernel, rows_back_kernel
-        p1, p2 = rows.padded
-        sizes, lines = rows[:2], (matrix(rows.n1, p1, device), twiddles(rows, device), matrix(rows.n2, p2, device))
-        meta, few = {"P1": p1, "P2": p2}, {"Q": min(padded(plan.blocks), p2)}
-    grid = (pairs, batch)
+    p1, p2 = rows.padded
+    lines = (matrix(rows.n1, p1, device), twiddles(rows, device), matrix(rows.n2, p2, device))
     always = {"PRECISION": precision, "device": device, "num_warps": warps(8)}
-    launch(forward, grid, *source, *lines, spectrum, bad, height, *sizes, plan.blocks, **few, **meta, **always, **flags)
+    sizes = {"P1": p1, "P2": p2, **always, **flags}
+    grid = (pairs, batch)
+    launch(rows_forward_kernel, grid, *source, *lines, spectrum, bad, height, *rows, plan.blocks,
+           Q=min(padded(plan.blocks), p2), **sizes)  # fmt: skip
     _columns(plan, spectrum, mask, batch, {"TABLES": tables, **always})
-    launch(back, grid, *source, *lines, spectrum, bad, out, height, *sizes, plan.blocks,
-           ADD_BASE=add_base, KEEP=keep, **meta, **always, **flags)  # fmt: skip
+    launch(rows_back_kernel, grid, *source, *lines, spectrum, bad, out, height, *rows, plan.blocks,
+           ADD_BASE=add_base, KEEP=keep, **sizes)  # fmt: skip
 
 
 def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[str, Any]) -> None:
@@ -251,13 +239,6 @@ def _columns(plan: Shape, spectrum: Tensor, mask: Any, batch: int, meta: dict[st
     hopper = (
         not INTERPRETING and target().backend == "cuda" and target().arch // 10 == 9
     )  # its products take more registers
-    if tall.n3 > 1:
-        q, low = kept(plan, mask.rows)
-        launch(
-            long_columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, three_tables(tall, device), *upon, mask.height,
-            mask.width, n1, *tall, low, plan.blocks, share, 1.0, 0, int(plan.keep), P=LONG, Q=q, STEP=lanes()[1], **meta,
-        )  # fmt: skip
-        return
     h1, h2 = tall.padded
     launch(
         columns_kernel, (n1 * plan.blocks // 2, batch), spectrum, matrix(tall.n1, h1, device), twiddles(tall, device),

@@ -5,7 +5,8 @@ Story. The filter's result is x minus its removed part, and the usual masks remo
 *pruned*: the removed part is a product with thin matrices of cosines and sines. With the C removed columns of the half
 spectrum, E [W, 2C] holds cos and −sin of 2πcw/W; P = x E is the transform along the rows on those columns alone, a small
 transform along the other axis and back applies the gains 1 − g, and ``out = x − D Eᵀ``. The shorter axis is contracted first.
-x is read twice and written once, the rest is thin; the work is 8·C·H·W flops in `tl.dot`, three TF32 products each.
+x is read twice and written once, the rest is thin; the work is 8·C·H·W flops in `tl.dot`, three TF32 products each. Where C
+is large or models are several, lines are folded first: x is read once, and the work is a quarter (_pruned.py).
 
 *staged*: Fourier transforms in `tl.dot` stages (_staged.py).
 
@@ -30,28 +31,29 @@ from ._jit import (
     INTERPRETING,
     aligned,
     bits,
+    cdiv,
     jit,
     launch,
     narrow,
+    scalar,
     tl,
     tl_dtype,
-    triton,
     upload,
     wide_dtype,
 )
-from ._pruned import Key, Mask, mask_tables, products, pruned, thin_axis, transformed
+from ._pruned import SMALL, Key, Mask, folds, mask_tables, products, pruned, thin_axis, transformed, turns
 from ._staged import one_tile, three_launches
-from ._staged_long import spills
 from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
-# Measured on an H100 (docs/gpu.md), 2.77 TB/s: a matrix product of three tf32 makes this many flops while a byte moves,
-FLOPS_PER_BYTE = 7.3
-_STAGED = 0.88  # of a flop's time there, a flop of the staged form takes this,
-_FFT_BYTES = 90  # and for each element the fft form takes the time of so many bytes: 48 to 60 of them cuFFT's pair,
-_FFT_LAUNCHES = 4.2e8  # besides those of its many launches, 150 microseconds a matrix
+# Measured on an H100 (docs/gpu.md), in the time in which its memory moves a byte (2.77 TB/s), for each element:
+_FOLDED, _PLAIN = (29, 0.056), (12, 0.225)  # the pruned form, and more of it for each removed frequency
+_PANEL = 92  # for each removed frequency over the axis' length: the thin panel's own transforms
+_STAGED = 0.12  # a flop of the staged form
+_FFT = 62  # the fft form: 58 of it cuFFT's pair
+_FFT_PRIME = 45  # more for an axis with a prime factor above 7
+_FFT_ALONE = 4.2e8  # in all: the launches, 150 microseconds, of a matrix that could share the other forms' with many
 TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
-_PRUNED_BYTES = 12  # by the pruned form: x twice, out once
 
 
 class Form(NamedTuple):
@@ -60,7 +62,7 @@ class Form(NamedTuple):
 
 
 def form(mask: Mask, compute: torch.dtype) -> Form:
-    """The form with the smallest estimate, flops / FLOPS_PER_BYTE + bytes for each element of x (`costs`).
+    """The form with the smallest estimate (`costs`).
 
     A matrix that fits a tile (32 x 32) is staged: one launch. docs/gpu.md has the crossovers.
     """
@@ -83,15 +85,22 @@ def _form(key: Key, compute: torch.dtype) -> Form:
 
 def costs(mask: Mask) -> dict[str, float]:
     """Each possible form's estimate, in the time in which memory moves a byte, for each element of x."""
-    thin, length = thin_axis(Key(mask))
-    found = {
-        "pruned": 8 * thin / FLOPS_PER_BYTE + _PRUNED_BYTES + 64 * thin / length
-    }  # the thin panel's own transforms
+    size, (thin, length) = mask.height * mask.width, thin_axis(Key(mask))
+    once, each = _FOLDED if folds(mask, False) else _PLAIN
+    alone = _FFT_ALONE / size if size <= SMALL else 0
+    found = {"pruned": once + (each + _PANEL / length) * thin + (0 if turns(mask) else alone)}
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
-    if plan is not None and not spills(plan.rows):
-        data = (8 if plan.keep else 12) + 16 * plan.share
-        found["staged"] = data + _STAGED * flops(plan, mask.rows) / FLOPS_PER_BYTE
-    return found | {"fft": _FFT_BYTES + _FFT_LAUNCHES / (mask.height * mask.width)}
+    if plan is not None:
+        found["staged"] = (8 if plan.keep else 12) + 16 * plan.share + _STAGED * flops(plan)
+    return found | {"fft": _FFT + _FFT_PRIME * (_odd(mask.height) + _odd(mask.width)) + alone}
+
+
+def _odd(n: int) -> bool:
+    """Whether n has a prime factor above 7, for which cuFFT has slower kernels."""
+    for p in (2, 3, 5, 7):
+        while n % p == 0:
+            n //= p
+    return n > 1
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -119,27 +128,30 @@ def delta_kernel(
 
 @jit
 def gain_kernel(
-    spectrum_ptr, low_ptr, high_ptr, rows, height, half, share, TABLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    spectrum_ptr, low_ptr, high_ptr, rows, height, half, count, share, TABLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Between the transforms: every bin times (tables whose interval of its row holds its column) / tables."""
+    """Between the transforms: bins of the first `count` columns times (tables whose interval of their row holds the column)
+    / tables; of the others nothing is removed."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # real and imaginary parts in turn
     column = at // 2
-    count = tl.zeros((ROWS, BLOCK), tl.int32)
+    inside = tl.zeros((ROWS, BLOCK), tl.int32)
     for t in tl.static_range(TABLES):
         low = tl.load(low_ptr + t * height + row % height)
         high = tl.load(high_ptr + t * height + row % height)
-        count += ((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])).to(tl.int32)
-    ok = (row[:, None] < rows) & (column[None, :] < half)
+        inside += ((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])).to(tl.int32)
+    ok = (row[:, None] < rows) & (column[None, :] < count)
     place = spectrum_ptr + row[:, None] * (2 * half) + at[None, :]
     value = tl.load(place, mask=ok, other=0.0)
-    tl.store(place, tl.where(count == TABLES, value, value * count.to(value.dtype) * share), mask=ok)
+    tl.store(place, tl.where(inside == TABLES, value, value * inside.to(value.dtype) * share), mask=ok)
 
 
 @jit
-def _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, ok, size, ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr):
-    y = _load(value_ptr + at, ok)
-    y = tl.where(_load(bad_ptr + at // size, ok) != 0, float("nan"), y)
+def _finish_block(
+    value_ptr, base_ptr, sum_ptr, out_ptr, at, ok, size, bins, share, ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr
+):
+    total = _load(sum_ptr + at // size * bins, ok)  # of all elements: not finite where one is not
+    y = tl.where(total - total != 0, float("nan"), _load(value_ptr + at, ok) * share)
     if ADD_BASE:
         y = _load(base_ptr + at, ok).to(COMPUTE) + y
     tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=ok)
@@ -147,22 +159,26 @@ def _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, ok, size, ADD_BASE:
 
 @jit
 def finish_kernel(
-    value_ptr, base_ptr, bad_ptr, out_ptr, n, size, table_ptr, ALIGN: tl.constexpr, K: tl.constexpr, ADD_BASE: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    value_ptr, base_ptr, sum_ptr, out_ptr, n, size, bins, share, table_ptr, ALIGN: tl.constexpr, K: tl.constexpr,
+    ADD_BASE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """After the transform: base, cast, and NaN for the matrices that held one; n as in `delta_kernel`."""
+    """After the transform: 1 / its length, base, cast, and NaN for matrices that held one; n as in `delta_kernel`.
+
+    sum_ptr: the first of the `bins` real numbers of every matrix' spectrum.
+    """
     batch = tl.program_id(1).to(tl.int64)
     out_ptr = _listed(table_ptr, batch, 0, K, out_ptr, ALIGN)
     base_ptr = _listed(table_ptr, batch, 1, K, base_ptr, ALIGN)
     if table_ptr is not None:
         value_ptr += batch * n
-        bad_ptr += batch
+        sum_ptr += batch * bins
+    share = scalar(share, COMPUTE)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, None, size, ADD_BASE, COMPUTE)
+        _finish_block(value_ptr, base_ptr, sum_ptr, out_ptr, at, None, size, bins, share, ADD_BASE, COMPUTE)
     else:
-        _finish_block(value_ptr, base_ptr, bad_ptr, out_ptr, at, at < n, size, ADD_BASE, COMPUTE)
+        _finish_block(value_ptr, base_ptr, sum_ptr, out_ptr, at, at < n, size, bins, share, ADD_BASE, COMPUTE)
 
 
 # --------------------------------------------------------------------------------------------------------- launcher
@@ -270,25 +286,29 @@ def _through_fft(source, flags, out, mask, batch, compute, add_base, _tf32):  # 
     listed = flags["table_ptr"] is not None
     n, matrices = (size, batch) if listed else (batch * size, 1)  # a row of programs for each matrix, or one for all
     block = 1 << 16 if INTERPRETING else 1024
-    value = torch.empty(batch, height, width, dtype=compute, device=device)
-    launch(delta_kernel, (triton.cdiv(n, block), matrices), *source, value, n, COMPUTE=tl_dtype(compute), BLOCK=block,
-           device=device, **flags)  # fmt: skip
+    first = source[1][0]
+    if not listed and not flags["HAS_BASE"] and not flags["WEIGHTED"] and first.dtype == compute:
+        value = first.view(batch, height, width)
+    else:
+        value = torch.empty(batch, height, width, dtype=compute, device=device)
+        launch(delta_kernel, (cdiv(n, block), matrices), *source, value, n, COMPUTE=tl_dtype(compute), BLOCK=block,
+               device=device, **flags)  # fmt: skip
     spectrum = transformed(torch.fft.rfft2, value, flags)
     del value
-    bad = (~torch.view_as_real(spectrum[:, 0, 0]).isfinite().all(-1)).to(torch.int32)  # the sum of all elements
     low, high, where = _fft_tables(Key(mask), device)
     bins = spectrum.view(batch, -1)
     raised = bins[:, where] / tables if len(where) else None
+    count = int(mask.columns[-1]) + 1
     rows, tile = (1024, 128) if INTERPRETING else (4, 256)
     launch(
-        gain_kernel, (triton.cdiv(batch * height, rows), triton.cdiv(2 * half, tile)), torch.view_as_real(spectrum),
-        low, high, batch * height, height, half, 1.0 / tables, TABLES=tables, ROWS=rows, BLOCK=tile, device=device,
+        gain_kernel, (cdiv(batch * height, rows), cdiv(2 * count, tile)), torch.view_as_real(spectrum),
+        low, high, batch * height, height, half, count, 1.0 / tables, TABLES=tables, ROWS=rows, BLOCK=tile, device=device,
     )  # fmt: skip
     if raised is not None:
         bins.index_add_(1, where, raised)
-    value = transformed(lambda s: torch.fft.irfft2(s, s=(height, width)), spectrum, flags)
-    launch(finish_kernel, (triton.cdiv(n, block), matrices), value, source[0], bad, out, n, size, flags["table_ptr"],
-           ALIGN=flags["ALIGN"], K=len(source[1]), ADD_BASE=add_base, COMPUTE=tl_dtype(compute), BLOCK=block,
+    value = transformed(lambda s: torch.fft.irfft2(s, s=(height, width), norm="forward"), spectrum, flags)
+    launch(finish_kernel, (cdiv(n, block), matrices), value, source[0], torch.view_as_real(spectrum), out, n, size,
+           2 * height * half, bits(1 / size, compute), flags["table_ptr"], ALIGN=flags["ALIGN"], K=len(source[1]), ADD_BASE=add_base, COMPUTE=tl_dtype(compute), BLOCK=block,
            device=device)  # fmt: skip
 
 

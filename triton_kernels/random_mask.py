@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._jit import bits, block_size, jit, launch, narrow, scalar, tl, tl_dtype, triton, wide_dtype
+from ._jit import bits, block_size, cdiv, jit, launch, narrow, scalar, tl, tl_dtype, wide_dtype
 
 
 @jit
@@ -100,7 +100,7 @@ def random_mask(
     block = block or (2 * block_size(compute) if ranks is None else block_size(compute) // 2)
     launch(
         random_mask_kernel,
-        (triton.cdiv(out.numel() + shift, block),),
+        (cdiv(out.numel() + shift, block),),
         out if factor is None else x.contiguous(),
         out if ranks is None else ranks.to(torch.int32).contiguous(),
         out.view(torch.uint8) if factor is None else out,

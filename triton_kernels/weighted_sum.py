@@ -22,6 +22,7 @@ from ._jit import (
     bits,
     block_map,
     block_size,
+    cdiv,
     divide,
     jit,
     launch,
@@ -29,7 +30,6 @@ from ._jit import (
     scalar,
     tl,
     tl_dtype,
-    triton,
     upload,
     wide_dtype,
     write,
@@ -157,7 +157,7 @@ def weighted_sum(
     block = block or block_size(compute)
     launch(
         weighted_sum_kernel,
-        (triton.cdiv(out.numel(), block),),
+        (cdiv(out.numel(), block),),
         out if base is None else base,
         models,
         tuple(bits(w, compute) for w in weights),

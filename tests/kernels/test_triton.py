@@ -196,21 +196,3 @@ def test_kernel_files_import_without_triton():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 3
-
-
-@pytest.mark.parametrize(
-    ("arch", "taken"),
-    [(80, [2048, 2560, 4096]), (90, [1331, 2048, 2560, 4096]), (100, [1331, 2048, 2560, 4096]), (120, [4096])],
-)
-def test_lengths_that_spill_are_left_to_other_forms(monkeypatch, arch, taken):
-    from fastmerge.triton_kernels import _staged_long
-    from fastmerge.triton_kernels.highpass_filter import costs
-
-    from fastmerge.ops._spectral_mask import spectral_mask
-
-    monkeypatch.setattr(_staged_long, "INTERPRETING", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_staged_long, "target", lambda: types.SimpleNamespace(backend="cuda", arch=arch))
-    lengths = (1331, 2048, 2560, 4096)
-    assert [n for n in lengths if "staged" in costs(spectral_mask(64, n, 0.2, "radial", False))] == taken
-    assert "staged" in costs(spectral_mask(64, 1024, 0.2, "radial", False))

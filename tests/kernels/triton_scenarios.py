@@ -168,6 +168,21 @@ def _() -> object:
     return _highpass("pruned", 66, 130, 0.2)
 
 
+@scenario("highpass_filter fp32, pruned, large tiles")
+def _() -> object:
+    return _highpass("pruned", 16384, 128, 0.4)
+
+
+@scenario("highpass_filter fp32, pruned, folded rows")
+def _() -> object:
+    return _highpass("pruned", 2048, 2048, 0.1)
+
+
+@scenario("highpass_filter bf16, whole merge, pruned, folded columns")
+def _() -> object:
+    return _highpass("pruned", 1024, 1536, 0.1, torch.bfloat16, 3)
+
+
 @scenario("highpass_filter bf16, whole merge, pruned")
 def _() -> object:
     return _highpass("pruned", 144, 80, 0.2, torch.bfloat16, 3)
@@ -188,16 +203,6 @@ def _() -> object:
     return _highpass("staged", 1024, 1024, 0.3, torch.bfloat16, 3)
 
 
-@scenario("highpass_filter bf16, whole merge, staged, long")
-def _() -> object:
-    return _highpass("staged", 4096, 4096, 0.2, torch.bfloat16, 3)
-
-
-@scenario("highpass_filter bf16, whole merge, staged, long, the kept part")
-def _() -> object:
-    return _highpass("staged", 4096, 4096, 0.9, torch.bfloat16, 3)
-
-
 @scenario("highpass_filter bf16, fft")
 def _() -> object:
     return _highpass("fft", 66, 130, 0.2, torch.bfloat16)
@@ -208,6 +213,11 @@ def _() -> object:
     return _highpass("pruned", 144, 80, 0.2, torch.bfloat16, 3, many=3)
 
 
+@scenario("highpass_filter bf16, whole merges, pruned, folded, many matrices")
+def _() -> object:
+    return _highpass("pruned", 512, 512, 0.2, torch.bfloat16, 3, many=2)
+
+
 @scenario("highpass_filter bf16, whole merges, one tile, many matrices")
 def _() -> object:
     return _highpass("staged", 32, 32, 0.5, torch.bfloat16, 3, many=3)
@@ -216,11 +226,6 @@ def _() -> object:
 @scenario("highpass_filter bf16, whole merges, staged, many matrices")
 def _() -> object:
     return _highpass("staged", 1024, 1024, 0.3, torch.bfloat16, 3, many=3)
-
-
-@scenario("highpass_filter bf16, whole merges, staged, long rows, many matrices")
-def _() -> object:
-    return _highpass("staged", 64, 4096, 0.3, torch.bfloat16, 3, many=2)
 
 
 @scenario("highpass_filter bf16, whole merges, fft, many matrices")

@@ -13,10 +13,10 @@ from fastmerge.ops._spectral_mask import spectral_mask
 
 kernel = _triton.kernel("highpass_filter")
 form = _triton.kernel("highpass_filter", "form")
-one_tile = _triton.kernel("_staged", "one_tile")
 stages = _triton.kernel("_stages", "stages")
-Stages = _triton.kernel("_stages", "Stages")
-stages_module = sys.modules[Stages.__module__]
+pruned_module = sys.modules[_triton.kernel("_pruned", "pruned").__module__]
+kernels = sys.modules[pruned_module.__name__ + "_kernels"]
+launch = _triton.kernel("_jit", "launch")
 
 
 @pytest.mark.parametrize("case", highpass_filter.cases, ids=lambda c: c.name)
@@ -58,113 +58,80 @@ def test_every_form_is_exact(which, height, width, options):
     assert relative_rms(out, want) < 2e-6 * max(1.0, float(x.square().mean().sqrt() / want.square().mean().sqrt()))
 
 
-@pytest.mark.parametrize("lanes", [(2, 16), (1, 4)])
-@pytest.mark.parametrize(
-    ("height", "width", "cutoff"),
-    [(3, 1331, 0.1), (2, 2048, 0.05), (60, 9, 0.4), (27, 8, 1.2), (9, 30, 0.5), (56, 9, 0.3), (56, 8, 1.2), (52, 6, 0.5)],
-)  # fmt: skip
-def test_lengths_of_three_stages(height, width, cutoff, lanes, monkeypatch):
-    # For columns a short length stands for a long one: every pair of rows is a program, and the interpreter is slow.
-    monkeypatch.setattr(stages_module, "stages", lambda n: short.get(n) or stages(n))
-    short = {
-        60: Stages(5, 4, 3), 27: Stages(3, 3, 3), 30: Stages(2, 3, 5), 56: Stages(2, 2, 14), 52: Stages(2, 2, 13),
+def test_a_length_is_two_stages_or_none():
+    assert {n: stages(n) for n in (1, 96, 961, 1024, 769, 1331, 2048, 4096)} == {
+        1: (1, 1), 96: (6, 16), 961: (31, 31), 1024: (32, 32), 769: None, 1331: None, 2048: None, 4096: None,
     }  # fmt: skip
-    monkeypatch.setattr(sys.modules[one_tile.__module__], "lanes", lambda: lanes)
-    monkeypatch.setattr(sys.modules[kernel.__module__], "TILE", 0)
-    x = torch.randn(1, height, width, generator=torch.Generator().manual_seed(4))
-    x = torch.cat([x, x + float("inf")])
+
+
+FOLDED = [
+    (128, 128, {"cutoff": 0.7}), (136, 304, {"cutoff": 0.9}), (300, 136, {"cutoff": 1.2}), (128, 512, {"mask": "disc_min"}),
+    (264, 264, {"mask": "disc_max", "ring_double": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("panel", ["products", "torch.fft"])
+@pytest.mark.parametrize(("height", "width", "options"), FOLDED)
+def test_folded_lines(height, width, options, panel, monkeypatch):
+    monkeypatch.setattr(pruned_module, "SMALL", (1 << 20) if panel == "products" else 0)
+    monkeypatch.setattr(pruned_module, "TURNS", 1 << 30)
+    x = torch.randn(3, height, width, generator=torch.Generator().manual_seed(6))
+    x[1, 5, 7] = float("nan")
     out = torch.full_like(x, float("nan"))
+    mask = spectral_mask(height, width, options.get("cutoff"), options.get("mask", "radial"), "ring_double" in options)
     with memory_guard(x, out) as guard:
-        mask = spectral_mask(height, width, cutoff, "radial", False)
-        kernel([x], out, mask, which="staged")
-    rows, columns = ("long_" if n in short or n > 1024 else "" for n in (width, height))
-    assert guard.launches == [f"{rows}rows_forward_kernel", f"{columns}columns_kernel", f"{rows}rows_back_kernel"]
-    want = highpass_filter(x[0].double(), cutoff, backend="reference").float()
-    assert relative_rms(out[0], want) < 2e-6 * max(
-        1.0, float(x[0].square().mean().sqrt() / want.square().mean().sqrt())
-    )
+        kernel([x], out, mask, which="pruned")
+    middle = ["turn_kernel"] * 2 if panel == "products" else []
+    assert guard.launches == ["fold_kernel", "project_kernel", *middle, "subtract_kernel", "unfold_kernel"]
+    assert guard.touched(x) == guard.touched(out) == x.numel()  # read once, written once
+    if min(height, width) % 64 == 0:  # parts of whole sectors
+        assert guard.full_sector_share(x, out) >= 0.95
+    want = highpass_filter(x.double(), backend="reference", **options).float()
     assert out[1].isnan().all()
-    keeps = stages_module.shape(height, width, int(mask.columns[-1])).keep
-    assert guard.touched(x) == (1 if keeps else 2) * x.numel()
-    assert guard.touched(out) == out.numel()
-    if width == 2048:  # the data; tables of roots stay in the L1 cache
-        roots = sys.modules[one_tile.__module__].three_tables(stages(2048), x.device)
-        low, high = roots.data_ptr(), roots.data_ptr() + roots.nbytes
-        guard.accesses = [
-            a for a in guard.accesses
-            if a.kernel.startswith("long_rows") and a.addresses.size and not low <= int(a.addresses[0]) < high
-        ]  # fmt: skip
-        assert guard.bytes_moved() > 0
-        assert guard.full_sector_share() >= 0.95
-
-
-@pytest.mark.parametrize("step", [16, 4])
-@pytest.mark.parametrize(
-    ("height", "cutoff", "window"),
-    [(4096, 0.3, (8, 3)), (4096, 0.6, (16, 0)), (4096, 1.2, (16, 0)), (3072, 0.5, (8, 3)), (2048, 0.9, (8, 8)), (1331, 0.3, (8, 2))],
-)  # fmt: skip
-def test_columns_of_three_stages(height, cutoff, window, step, monkeypatch):
-    # The kernel between the rows' kernels alone: their programs are too many for the interpreter.
-    width, staged = 4, sys.modules[one_tile.__module__]
-    monkeypatch.setattr(staged, "lanes", lambda: (2, step))
-    mask = spectral_mask(height, width, cutoff, "radial", False)
-    plan = stages_module.shape(height, width, int(mask.columns[-1]))
-    assert plan.keep == (cutoff > 1)
-    assert stages_module.kept(plan, mask.rows) == window
-    pairs, n1 = -(-height // 2), plan.rows.n1
-    bins = torch.randn(2, pairs, n1, plan.blocks // 2, 8, generator=torch.Generator().manual_seed(5))
-    meta = {"TABLES": mask.bounds.shape[0], "PRECISION": "ieee", "device": bins.device}
-
-    def planes(t):  # complex [2, height, kx]
-        t = t.view(2, pairs, n1, -1, 2, 2, 2).permute(0, 1, 4, 3, 5, 2, 6)  # [.., pair, row, (block), k1, (re, im)]
-        return torch.view_as_complex(t.reshape(2, 2 * pairs, -1, 2).double())[:, :height]
-
-    kx = torch.arange(plan.blocks * n1)
-    share = torch.zeros(height, len(kx), dtype=torch.float64)
-    held = kx[kx <= width // 2]
-    share[:, held] = (mask.gain() if plan.keep else 1 - mask.gain())[:, held]
-    share *= torch.where((kx == 0) | (2 * kx == width), 1, 2) / width
-    want = torch.fft.ifft(torch.fft.fft(planes(bins), dim=1) * share, dim=1)
-
-    def error():
-        got = bins.clone()
-        with memory_guard() as guard:
-            staged._columns(plan, got, mask, 2, meta)
-        assert guard.touched(got) == 2 * planes(got).numel() * 2  # read once, written once
-        if height % 2 == 0:  # in an odd one two steps share sectors
-            assert guard.full_sector_share(got) >= 0.95
-        return relative_rms(torch.view_as_real(planes(got)).float(), torch.view_as_real(want).float())
-
-    assert error() < 2e-6
-    if plan.tall.n3 > 8 and window[0] == 8:
-        for low in (window[1] - 1, 8):  # a window that cuts off changed rows, at either end, is seen
-            monkeypatch.setattr(staged, "kept", lambda *_, low=low: (8, low))
-            assert error() > 1e-3
-
-
-def test_columns_compute_what_the_gain_leaves():
-    def kept(n3, rows, keep=False):
-        return stages_module.kept(
-            stages_module.Shape(Stages(4, 1), Stages(16, 16, n3), 2, keep), torch.tensor(rows, dtype=torch.int32)
+    for got, whole, given in zip(out[::2], want[::2], x[::2], strict=True):
+        assert relative_rms(got, whole) < 2e-6 * max(
+            1.0, float(given.square().mean().sqrt() / whole.square().mean().sqrt())
         )
 
-    assert kept(16, [0]) == (8, 1)
-    assert kept(16, [0, 255, 256, 16 * 256 - 1]) == (8, 2)
-    assert kept(16, [0, 16 * 256 - 7 * 256]) == (8, 1)
-    assert kept(16, [0, 16 * 256 - 7 * 256 - 1]) == (16, 0)  # nine values of q2, 0 and 8 ... 15
-    assert kept(16, [0, 7 * 256, 8 * 256 - 1]) == (8, 8)
-    assert kept(16, [0, 8 * 256]) == (16, 0)  # not around 0
-    assert kept(16, [0], keep=True) == (16, 0)
-    assert kept(8, range(0, 2048, 5), keep=True) == (8, 8)
-    assert stages_module.shape(1694, 100, 3).tall == (11, 11, 14)  # even last, for whole sectors
-    assert stages_module.shape(1694, 100, 3).rows == stages(100)
+
+def test_folding_and_unfolding_give_the_lines_back():
+    for height, width in ((136, 40), (40, 136)):
+        x = torch.randn(2, height, width, generator=torch.Generator().manual_seed(7))
+        lines = x if height >= width else x.mT.contiguous()
+        m, length = lines.shape[1:]
+        folded, back, bad = torch.empty_like(lines), torch.empty_like(x), torch.zeros(2, dtype=torch.int32)
+        strides = (width, 1) if height >= width else (1, width)
+        grid, tile = (1, -(-m // 64), 2), {"BM": 64, "BK": 8, "device": x.device}
+        flags = {"HAS_BASE": False, "WEIGHTED": False, "table_ptr": None, "ALIGN": 1}
+        launch(
+            kernels.fold_kernel, grid, x, (x,), (0,), folded, m, length // 8, *strides, x[0].numel(), **tile, **flags
+        )
+        spectrum = torch.fft.fft(lines.double().view(2, m, 8, length // 8), dim=2)
+        want = [spectrum[:, :, 0].real, spectrum[:, :, 4].real]
+        want += [getattr(spectrum[:, :, g], part) for g in (1, 2, 3) for part in ("real", "imag")]
+        assert (folded.view(2, m, 8, -1) - torch.stack(want, 2)).abs().max() < 2e-6
+        launch(kernels.unfold_kernel, grid, folded, x, bad, back, m, length // 8, *strides, x[0].numel(), None, ALIGN=1,
+               MODELS=1, ADD_BASE=False, **tile)  # fmt: skip
+        assert (back - x).abs().max() < 1e-6
 
 
-def test_a_length_is_two_or_three_stages_or_none():
-    assert {n: stages(n) for n in (1, 96, 1024, 1331, 2560, 4096, 8192, 769, 11008)} == {
-        1: (1, 1, 1), 96: (6, 16, 1), 1024: (32, 32, 1), 1331: (11, 11, 11), 2560: (16, 16, 10), 4096: (16, 16, 16),
-        8192: None, 769: None, 11008: None,
-    }  # fmt: skip
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "ieee"])
+def test_products_in_parts(precision, monkeypatch):
+    # The interpreter's products are float32 ones whatever is asked for: seen is that the parts make up the whole.
+    monkeypatch.setattr(pruned_module, "products", lambda _: precision)
+    monkeypatch.setattr(pruned_module, "turns", lambda _: False)  # those are split by Triton itself
+    x = torch.randn(70, 40, generator=torch.Generator().manual_seed(8))
+    out = torch.empty_like(x)
+    kernel([x], out, spectral_mask(70, 40, 0.4, "radial", False), which="pruned")
+    error = relative_rms(out, highpass_filter(x.double(), 0.4, backend="reference").float())
+    assert (1e-5 < error < 1e-3) if precision == "tf32" else error < 1e-6
+    table = torch.randn(1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    high, low = pruned_module.parts_of(table).unbind(1)
+    assert (high.view(torch.int32) & 0x1FFF == 0).all()
+    assert ((high.double() + low.double() - table).abs() <= table.abs() * 2**-34).all()
+    x[3, 4] = float("inf")
+    kernel([x], out, spectral_mask(70, 40, 0.4, "radial", False), which="pruned")
+    assert out.isnan().all()
 
 
 LAUNCHES = {"pruned": 4, "staged": 3, "fft": 3, "one tile": 1}
@@ -198,15 +165,17 @@ def test_a_nan_or_inf_stays_in_its_matrix(which, shape):
     assert out[[0, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize(("cutoff", "panels"), [(0.1, 1), (0.6, 2)])  # 2C = 26 and 154, of 128 columns a program
-def test_the_pruned_form_reads_twice_and_writes_once(cutoff, panels):
-    x = torch.randn(256, 256)
+@pytest.mark.parametrize(("width", "panels"), [(256, 1), (260, 2)])  # 2C = 26 and 140, of 128 columns a program
+def test_the_pruned_form_reads_twice_and_writes_once(width, panels):
+    x = torch.randn(260, width)
     out = torch.empty_like(x)
     with memory_guard(x, out) as guard:
-        kernel([x], out, spectral_mask(256, 256, cutoff, "radial", False), which="pruned")
+        kernel([x], out, spectral_mask(260, width, 0.1 if panels == 1 else 0.54, "radial", False), which="pruned")
+    assert "fold_kernel" not in guard.launches
     assert guard.touched(x) == (panels + 1) * x.numel()
     assert guard.touched(out) == x.numel()
-    assert guard.full_sector_share(x, out) >= 0.95
+    if width % 8 == 0:
+        assert guard.full_sector_share(x, out) >= 0.95
 
 
 @pytest.mark.parametrize(("cutoff", "reads", "blocks"), [(0.3, 2, 4), (1.0, 1, 10)])
@@ -251,12 +220,13 @@ def test_the_form_follows_the_cost_model():
     def name(height, width, cutoff, compute=torch.float32):
         return form(spectral_mask(height, width, cutoff, "radial", False), compute).name
 
-    assert [name(4096, 4096, c) for c in (0.03, 0.1, 0.4, 0.9)] == ["pruned", "staged", "staged", "fft"]
-    assert name(8192, 8192, 0.2) == "fft"
-    assert [name(2048, 2048, c) for c in (0.1, 0.2, 0.4)] == ["pruned", "staged", "fft"]
+    assert [name(4096, 4096, c) for c in (0.03, 0.1, 0.2, 0.4, 0.9)] == ["pruned", "pruned", "pruned", "fft", "fft"]
+    assert [name(2048, 2048, c) for c in (0.1, 0.3, 0.4)] == ["pruned", "pruned", "fft"]
+    assert [name(8192, 8192, c) for c in (0.1, 0.2)] == ["pruned", "fft"]
+    assert name(11008, 4096, 0.4) == "pruned"  # 43 is a prime factor of 11008
     assert name(32000, 1024, 0.15) == name(1024, 32000, 0.15) == "pruned"
     assert [name(512, 512, c) for c in (0.15, 0.4, 0.9)] == ["pruned", "staged", "staged"]  # fft: too many launches
-    assert name(2053, 2053, 0.5) == "fft"  # a prime: no stages
+    assert name(2053, 2053, 0.9) == "fft"  # a prime: no stages
     assert name(30, 20, 0.1) == "staged"
     assert name(1024, 1024, 0.1, torch.float64) == "fft"
     shown = str(highpass_filter.explain(torch.zeros(64, 64)))

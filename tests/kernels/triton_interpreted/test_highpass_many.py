@@ -52,6 +52,7 @@ def bits_alone(job, which=None):
         ("pruned", (34, 50), 0.2, 1, (FP32, FP32)),
         ("pruned", (50, 34), 0.4, 3, (BF16, BF16)),
         ("pruned", (300, 8), 0.3, 6, (FP16, FP32, BF16)),
+        ("pruned", (136, 200), 0.3, 2, (BF16, BF16)),  # folded
         ("staged", (31, 29), 0.3, 2, (BF16, BF16)),
         ("staged", (40, 48), 0.3, 5, (FP16, FP16)),
         ("staged", (35, 64), 1.2, 1, (FP32, BF16, FP32)),  # the kept part
@@ -74,20 +75,6 @@ def test_bits_are_those_of_each_alone(which, shape, cutoff, count, dtypes):
         if i != 1:
             assert job.out.isfinite().all()
             assert_same_bits(job.out, expected, f"matrix {i}")
-
-
-@pytest.mark.parametrize("lanes", [(2, 2), (1, 1)])
-def test_rows_of_three_stages(lanes, monkeypatch):
-    stages = stages_module.stages
-    monkeypatch.setattr(stages_module, "stages", lambda n: stages_module.Stages(2, 3, 5) if n == 30 else stages(n))
-    monkeypatch.setattr(staged_module, "lanes", lambda: lanes)
-    monkeypatch.setattr(module, "TILE", 0)
-    jobs = [merge_job(i, (5, 30), 0.5, 2, BF16, BF16) for i in range(2)]
-    with memory_guard(*(t for j in jobs for t in (j.base, *j.models, j.out))) as guard:
-        together(jobs, which="staged")
-    assert guard.launches == ["long_rows_forward_kernel", "columns_kernel", "long_rows_back_kernel"]
-    for job in jobs:
-        assert_same_bits(job.out, bits_alone(job, "staged"))
 
 
 LAUNCHES = {"pruned": 4, "staged": 3, "fft": 3, "one tile": 1}
