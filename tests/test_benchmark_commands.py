@@ -8,7 +8,7 @@ from fastmerge.benchmarks.merges import pipeline, rates
 from fastmerge.benchmarks.merges.checkpoints import family
 from fastmerge.benchmarks.merges.peers import METHODS
 
-from fastmerge import Recipe
+from fastmerge import Recipe, ops
 from fastmerge.io.files import Files
 
 
@@ -57,3 +57,37 @@ def test_computing_alone_reads_only_what_stands_for_all(tmp_path, monkeypatch):
 def test_rates(run):
     lines = run(rates, "linear", "ties", "--shape", 64, 600, "--models", 2, "--rounds", 1)
     assert {"linear", "ties"} <= {line[0] for line in lines if line}
+
+
+def test_forms_on_a_pretended_device(monkeypatch, capsys):
+    from fastmerge.benchmarks import forms
+
+    class Clock:
+        def capture(self, calls):
+            return lambda: [c() for c in calls]
+
+        def elapsed(self, call):
+            call()
+            return 2e-5, 0.0
+
+    # One form of a tiny matrix takes the interpreter's place: what is timed, and what its error is.
+    def run(models, out, mask, which):
+        out.copy_(ops.highpass_filter(models[0], 0.3, backend="reference"))
+        if which == "fft":
+            out.mul_(1 + 1e-3)
+
+    kernel = forms._triton.kernel
+    monkeypatch.setattr(
+        forms._triton,
+        "kernel",
+        lambda op, name=None: (
+            run if name is None else {"costs": lambda _: ["staged", "fft"]}.get(name) or kernel(op, name)
+        ),
+    )
+    [(cutoff, took, errors)] = forms.rows(Clock(), torch.device("cpu"), 12, 10, [0.3])
+    assert cutoff == 0.3
+    assert took == dict.fromkeys(("copy", "torch", "staged", "fft"), pytest.approx(2.0))
+    assert errors == {"staged": pytest.approx(0, abs=1e-6), "fft": pytest.approx(1e-3, rel=1e-3)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert forms.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err

@@ -51,7 +51,8 @@ _PANEL = 92  # for each removed frequency over the axis' length: the thin panel'
 _STAGED = 0.12  # a flop of the staged form
 _FFT = 62  # the fft form: 58 of it cuFFT's pair
 _FFT_PRIME = 45  # more for an axis with a prime factor above 7
-_FFT_ALONE = 4.2e8  # in all: the launches, 150 microseconds, of a matrix that could share the other forms' with many
+# and, in that time too, what the host takes for the launches of a call (350, 250, 200 and 200 microseconds).
+_HOST = {"folded": 9.7e8, "plain": 6.9e8, "staged": 5.5e8, "fft": 5.5e8}
 TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
 
@@ -84,15 +85,26 @@ def _form(key: Key, compute: torch.dtype) -> Form:
 
 
 def costs(mask: Mask) -> dict[str, float]:
-    """Each possible form's estimate, in the time in which memory moves a byte, for each element of x."""
+    """Each possible form's estimate, in the time in which memory moves a byte, for each element of x.
+
+    Small matrices share launches with others of their shape, except where torch.fft makes transforms. For them it is what
+    the host needs that counts, if that is more; a large one's launches hide behind the work before it.
+    """
     size, (thin, length) = mask.height * mask.width, thin_axis(Key(mask))
-    once, each = _FOLDED if folds(mask, False) else _PLAIN
-    alone = _FFT_ALONE / size if size <= SMALL else 0
-    found = {"pruned": once + (each + _PANEL / length) * thin + (0 if turns(mask) else alone)}
+
+    def least(work: float, launches: str, shared: bool) -> float:
+        return max(work, _HOST[launches] / (TOGETHER if shared else size)) if size <= SMALL else work
+
+    folded = folds(mask, False)
+    once, each = _FOLDED if folded else _PLAIN
+    pruned = least(once + (each + _PANEL / length) * thin, "folded" if folded else "plain", turns(mask))
+    fft = least(_FFT + _FFT_PRIME * (_odd(mask.height) + _odd(mask.width)), "fft", False)
+    found = {"pruned": pruned, "fft": fft}
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
-        found["staged"] = (8 if plan.keep else 12) + 16 * plan.share + _STAGED * flops(plan)
-    return found | {"fft": _FFT + _FFT_PRIME * (_odd(mask.height) + _odd(mask.width)) + alone}
+        work = (8 if plan.keep else 12) + 16 * plan.share + _STAGED * flops(plan)
+        found["staged"] = least(work, "staged", True)
+    return found
 
 
 def _odd(n: int) -> bool:

@@ -225,7 +225,8 @@ def test_the_form_follows_the_cost_model():
     assert [name(8192, 8192, c) for c in (0.1, 0.2)] == ["pruned", "fft"]
     assert name(11008, 4096, 0.4) == "pruned"  # 43 is a prime factor of 11008
     assert name(32000, 1024, 0.15) == name(1024, 32000, 0.15) == "pruned"
-    assert [name(512, 512, c) for c in (0.15, 0.4, 0.9)] == ["pruned", "staged", "staged"]  # fft: too many launches
+    assert [name(512, 512, c) for c in (0.15, 0.4, 0.9)] == ["staged"] * 3  # the fewest launches
+    assert [name(1000, 769, c) for c in (0.05, 0.9)] == ["pruned", "fft"]  # no stages; no panel of a few bins
     assert name(2053, 2053, 0.9) == "fft"  # a prime: no stages
     assert name(30, 20, 0.1) == "staged"
     assert name(1024, 1024, 0.1, torch.float64) == "fft"
