@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from fastmerge.benchmarks.merges import pipeline, rates
+from fastmerge.benchmarks.merges import in_memory, pipeline, rates
 from fastmerge.benchmarks.merges.checkpoints import family
 from fastmerge.benchmarks.merges.peers import METHODS
 
+import fastmerge as fm
 from fastmerge import Recipe, ops
 from fastmerge.io.files import Files
 
@@ -91,3 +92,16 @@ def test_forms_on_a_pretended_device(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert forms.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_merges_in_memory(capsys):
+    assert in_memory.main(["linear", "ties", "fr", "--layers", "1", "--hidden", "32", "--rounds", "1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[2:]] == ["linear", "ties", "fr"]
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line[1:3])
+    base, *models = in_memory.states(1, 32, 3, torch.device("cpu"))
+    for method, parameters in (("linear", {}), ("ties", {"weight": 1, "density": 0.2})):  # the same merge on both sides
+        want = in_memory.plainly(method, base, models, parameters, torch.device("cpu"))
+        got = fm.merge(method, None if method == "linear" else base, models, **parameters)
+        for name in base:
+            assert (got[name].double() - want[name].double()).abs().max() <= 2e-3, name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -99,7 +100,10 @@ def bits(value: float, compute: torch.dtype) -> int:
     """The bits of `value` rounded to the compute dtype (float32 or float64), as a signed integer for `scalar`."""
     if compute == torch.float64:
         return int(struct.unpack("q", struct.pack("d", value))[0])
-    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))
+    try:
+        return int(struct.unpack("i", struct.pack("f", value))[0])
+    except OverflowError:  # to infinity, as a cast does
+        return int(struct.unpack("i", struct.pack("f", math.copysign(math.inf, value)))[0])
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:
