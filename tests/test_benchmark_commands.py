@@ -100,7 +100,10 @@ def test_merges_in_memory(capsys):
     assert [line[0] for line in lines[2:]] == ["linear", "ties", "fr"]
     assert all(float(cell) > 0 for line in lines[2:] for cell in line[1:3])
     base, *models = in_memory.states(1, 32, 3, torch.device("cpu"))
-    for method, parameters in (("linear", {}), ("ties", {"weight": 1, "density": 0.2})):  # the same merge on both sides
+    for method, parameters in (
+        ("linear", {"weight": 0.25}),
+        ("ties", {"weight": 1, "density": 0.2}),
+    ):  # the same merge on both sides
         want = in_memory.plainly(method, base, models, parameters, torch.device("cpu"))
         got = fm.merge(method, None if method == "linear" else base, models, **parameters)
         for name in base:

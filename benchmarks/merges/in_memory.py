@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = dict(scenario.parameters) if scenario else {}
         root = None if scenario and not scenario.base else base
         sides: tuple[Callable[[], Any], ...] = (
-            lambda m=method, r=root, g=given: fm.merge(m, r, models, device=args.device, **g),  # type: ignore[misc]
+            lambda m=method, r=root, g=given: fm.merge(
+                m, r, models, device="auto" if device.type == "cuda" else "cpu", **g
+            ),  # type: ignore[misc]
             lambda m=method, g=given: plainly(m, base, models, g, device),  # type: ignore[misc]
         )
         took: list[list[tuple[float, int]]] = [[timed(side, device) for side in sides] for _ in range(args.rounds + 1)][
