@@ -58,6 +58,7 @@ class Job:
         self.pool, self.files, self.nan, self._go_on = pool, files, nan, go_on
         self.nonfinite: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._unsettled: list[tuple[str, str, int, Tensor, Tensor, Tensor]] = []  # see `settle`
         self.cosines = Cosines([str(ref) for ref in recipe.inputs])
         self._all_cosines = cosines  # of tensors for which the method needs no Gram matrix, too
         self.planned: list[Planned] = []
@@ -136,8 +137,11 @@ class Job:
         """The tensor's chunks; with a stage, merged on its device, and `put` by the time the stage is flushed."""
 
         def inspect(label: str, offset: int, chunk: Tensor) -> None:
-            count = _count_nonfinite(chunk)
-            if count:
+            if _waits(chunk):
+                low, high = torch.aminmax(chunk)  # both are NaN where one element is
+                with self._lock:
+                    self._unsettled.append((label, tensor.name, offset, chunk, low, high))
+            elif count := _count_nonfinite(chunk):
                 self._found_nonfinite(label, tensor.name, offset, chunk, count)
 
         make: Callable[..., Stream] = Stream
@@ -149,6 +153,23 @@ class Job:
             seed=self.recipe.seed, chunk=self.chunk, pool=pool or self.pool,
             put=put, place=place, inspect=inspect if check and self.nan != "allow" else None, batch=batch,
         )  # fmt: skip
+
+    def settle(self) -> None:
+        """Look for NaN and Inf in the tensors on GPUs: all at once and last, so that the host waits once.
+
+        Raises what looking earlier would have; nothing has been written by then, since those merges end in memory.
+        """
+        unsettled, self._unsettled = self._unsettled, []
+        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, str, int, Tensor, Tensor, Tensor]]] = {}
+        for item in unsettled:
+            kinds.setdefault((item[3].device, item[3].dtype), []).append(item)
+        for items in kinds.values():
+            ends = torch.stack([end for *_, low, high in items for end in (low, high)])
+            for (label, name, offset, chunk, *_), finite in zip(
+                items, ends.isfinite().view(-1, 2).tolist(), strict=True
+            ):
+                if not all(finite):
+                    self._found_nonfinite(label, name, offset, chunk, _count_nonfinite(chunk))
 
     def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
         key = f"{label}: {name}"
@@ -246,6 +267,11 @@ def _header(t: Planned) -> Header:
 
 def _nowhere(offset: int, values: Tensor) -> None:
     raise RuntimeError("a fit or scan pass can not emit results")
+
+
+def _waits(chunk: Tensor) -> bool:
+    """Whether the host would have to wait for a look at the chunk."""
+    return chunk.device.type != "cpu"
 
 
 def _count_nonfinite(chunk: Tensor) -> int:

@@ -169,23 +169,28 @@ def merge_checkpoints(
             recipe, method, template, base, models, pool, files, nan=nan, ignore_extra=ignore_extra, go_on='nan="warn"'
         )  # fmt: skip
         fleet = _fleet(job, device, max_vram)
-        plan = job.fit()
         state: dict[str, Tensor] = {}
-        for t in job.planned:
-            where = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
-            state[t.name] = result = _native.fresh(t.reference.shape, t.dtype, where)
-            if t.copied:
-                result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
-            elif not fleet.stages:
-                place, put = _into(result.view(-1))
-                job.apply(t, plan, put, place, batch=batch)
+        plan = job.fit()
+        try:
+            for t in job.planned:
+                where = t.reference.tensor.device if t.reference.tensor is not None else torch.device("cpu")
+                state[t.name] = result = _native.fresh(t.reference.shape, t.dtype, where)
+                if t.copied:
+                    result.reshape(-1).copy_(t.reference.read(0, t.numel, pool.buffers, "copy"))
+                elif not fleet.stages:
+                    place, put = _into(result.view(-1))
+                    job.apply(t, plan, put, place, batch=batch)
 
-        def merge_there(t: Planned, stage: Stage, its_pool: Pool) -> None:
-            place, put = _into(state[t.name].view(-1))
-            job.apply(t, plan, put, place, stage, its_pool)
+            def merge_there(t: Planned, stage: Stage, its_pool: Pool) -> None:
+                place, put = _into(state[t.name].view(-1))
+                job.apply(t, plan, put, place, stage, its_pool)
 
-        if fleet.stages:
-            fleet.each([t for t in job.planned if not t.copied], lambda t: t.numel, merge_there)
+            if fleet.stages:
+                fleet.each([t for t in job.planned if not t.copied], lambda t: t.numel, merge_there)
+        except Exception:
+            job.settle()  # NaN is why, if there is one
+            raise
+        job.settle()
     for alias, name in template.aliases.items():
         state[alias] = state[name]
     return state

@@ -151,3 +151,26 @@ def test_alignment_says_that_it_can_not_before_anything_is_written(tmp_path):
     with pytest.raises(BadInput, match=f"{name} holds NaN or Inf"):
         fm.run(fm.Recipe.from_call("mudsc", None, list(map(str, folders)), {}), tmp_path / "out", nan="warn")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES[::2])
+def test_found_on_a_gpu_at_the_end_of_the_merge(states, name, options, monkeypatch):
+    """There the host looks once; here the CPU's tensors wait as a GPU's do."""
+    monkeypatch.setattr("fastmerge.job._waits", lambda chunk: True)
+    count, with_base, options = arguments(name, options)
+    base, others = states[0] if with_base else None, states[2 : 1 + count]
+    fm.merge(name, base, states[1 : 1 + count], **options)
+    models = [spoiled(states[1], float("-inf")), *others]
+    with pytest.raises(BadInput, match=r"'b.weight' has NaN or Inf \(first at flat index 1934\)"):
+        fm.merge(name, base, models, **options)
+    fm.merge(name, base, models, nan="allow", **options)
+    if with_base:
+        with pytest.raises(BadInput, match="has NaN or Inf"):
+            fm.merge(name, spoiled(base, float("nan")), states[1 : 1 + count], **options)
+
+
+def test_the_largest_numbers_are_finite(states, monkeypatch):
+    monkeypatch.setattr("fastmerge.job._waits", lambda chunk: True)
+    models = [{n: t.half() for n, t in state.items()} for state in states[:2]]
+    models[0][BAD][0, 0], models[0][BAD][0, 1] = 65504, -65504
+    assert set(fm.merge("linear", None, models, weight=0.25)) == set(SHAPES)
