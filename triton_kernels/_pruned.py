@@ -215,7 +215,7 @@ def parts_of(x: Tensor) -> Tensor:
     return torch.stack([high, (x - high.double()).float()], -3)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=16)
 def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
     """cos and −sin along the axis contracted first, of groups of columns."""
     removed = _removed(key)

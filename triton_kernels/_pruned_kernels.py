@@ -136,7 +136,8 @@ def project_kernel(
         total = _dot(x, basis_ptr + n[None, :] * K + k[:, None], N * K, inside, total, PRECISION)
     columns = tl.num_programs(0) // blocks * N
     column = group * N + n[None, :]
-    place = out_ptr + batch * M * columns + m[:, None].to(tl.int64) * out_m + column // 2 * out_c + column % 2
+    column_at = (column // 2).to(tl.int64) * out_c + column % 2
+    place = out_ptr + batch * M * columns + m[:, None].to(tl.int64) * out_m + column_at
     ok = (m[:, None] < M) & (n[None, :] < N)
     tl.store(place, total, mask=ok)
     odd = ((total - total) != 0) & ok
