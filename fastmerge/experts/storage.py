@@ -160,14 +160,20 @@ def load(path: str | Path) -> Expert:
         )
     if _checksum(tensors) != metadata.get("xxh3"):
         raise BadInput("the checksum does not match: the file is damaged", where=str(path), remedy="copy it again")
+    try:
+        task, density, described = metadata["task"], float(metadata["density"]), json.loads(metadata["tensors"])
+        layout = {name: (tuple(int(n) for n in d["shape"]), float(d["mu"])) for name, d in described.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(
+            f"the expert's metadata lacks what describes it ({type(error).__name__}: {error})",
+            where=str(path),
+            remedy="write it with fastmerge.experts.save",
+        ) from None
     out: dict[str, Sparse] = {}
-    for name, about in json.loads(metadata["tensors"]).items():
-        shape = tuple(about["shape"])
+    for name, (shape, mu) in layout.items():
         coding = next((c for c in ("gap8", "gap16", "bits") if f"{name}.{c}" in tensors), None)
         if coding is None:
-            out[name] = Sparse(
-                shape, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu"), float(about["mu"])
-            )
+            out[name] = Sparse(shape, torch.zeros(0, dtype=torch.int64, device="cpu"), torch.zeros(0, device="cpu"), mu)
             continue
         numel = int(np.prod(shape, dtype=np.int64))
         index = decode(coding, tensors[f"{name}.{coding}"].numpy(), numel)
@@ -178,10 +184,10 @@ def load(path: str | Path) -> Expert:
                 where=str(path),
                 remedy="write the file again",
             )
-        out[name] = Sparse(shape, torch.from_numpy(index), value, float(about["mu"]))
+        out[name] = Sparse(shape, torch.from_numpy(index), value, mu)
     known = {"format", "version", "task", "density", "tensors", "xxh3"}
     about = {k: v for k, v in metadata.items() if k not in known}
-    return Expert(metadata["task"], out, float(metadata["density"]), about)
+    return Expert(task, out, density, about)
 
 
 def load_folder(folder: str | Path) -> dict[str, Expert]:

@@ -96,6 +96,15 @@ class LoraCandidate(Candidate):
                 remedy="merge it into its base first (merge_and_unload) and give the full checkpoint",
             )
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+        try:
+            rank, alpha = int(rank), float(alpha)
+            ranks, alphas = ({str(k): float(v) for k, v in p.items()} for p in (ranks, alphas))
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            raise BadInput(
+                "adapter_config.json has an r, lora_alpha, rank_pattern or alpha_pattern that is not of numbers",
+                where=self.label,
+                remedy="give a LoRA adapter that PEFT has saved",
+            ) from None
         transposed = bool(config.get("fan_in_fan_out"))
         unknown = []
         for name in checkpoint.names():
@@ -118,8 +127,8 @@ class LoraCandidate(Candidate):
                     where=self.label,
                     remedy="adapters of matrices alone can be candidates: merge this one into its base first",
                 )
-            r = _pattern(ranks, module, int(rank))
-            scaling = _pattern(alphas, module, float(alpha)) / (r**0.5 if config.get("use_rslora") else r)
+            r = _pattern(ranks, module, rank)
+            scaling = _pattern(alphas, module, alpha) / (r**0.5 if config.get("use_rslora") else r)
             # lora_embedding_A is [r, vocabulary] and the weight [vocabulary, width]: the product is transposed.
             self.pairs[f"{module}.weight"] = (name, other, scaling, transposed or "lora_embedding" in name)
         if unknown:

@@ -122,6 +122,7 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
         return 0
     flags = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in norms]
+    statistics = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
     seen = 0
     try:
         model.eval()
@@ -134,6 +135,9 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
             model(*args, **kwargs)
             seen += 1
     finally:
+        if not seen:
+            for m, before in zip(norms, statistics, strict=True):
+                m.load_state_dict(before)
         for module, flag in flags.items():
             module.training = flag
         for m, momentum in zip(norms, momenta, strict=True):

@@ -115,3 +115,17 @@ def test_inconsistent_lengths_are_found(tmp_path):
     save_file(tensors, path, metadata=metadata | {"xxh3": _checksum(tensors)})
     with pytest.raises(BadInput, match=r"'a\.weight': 2000 positions for 1999 values"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": None}, {"density": "much"}, {"tensors": None}, {"tensors": "{"}, {"tensors": "[1]"}, {"tensors": '{"a.weight": {}}'}],
+)  # fmt: skip
+def test_metadata_that_describes_nothing_is_named(tmp_path, change):
+    path = tmp_path / "e.safetensors"
+    save(expert(), path)
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata() | change
+    save_file(load_file(path), path, metadata={k: v for k, v in metadata.items() if v is not None})
+    with pytest.raises(BadInput, match="metadata lacks what describes it"):
+        load(path)

@@ -212,6 +212,10 @@ def test_adapter_factors_apart_as_published(tmp_path):
     [
         ({"use_dora": True}, "DoRA"),
         ({"r": None}, "lacks r or lora_alpha"),
+        ({"r": "many"}, "not of numbers"),
+        ({"lora_alpha": [1]}, "not of numbers"),
+        ({"rank_pattern": {"a": "x"}}, "not of numbers"),
+        ({"alpha_pattern": [2]}, "not of numbers"),
     ],
 )
 def test_bad_adapters_are_named(tmp_path, damage, match):

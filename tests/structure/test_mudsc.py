@@ -107,8 +107,10 @@ def test_batchnorm_is_reestimated_and_the_warning_says_when_not():
     norm = result.model.features[1]
     assert norm.momentum == 0.1
     assert not norm.training
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
     with pytest.raises(BadInput, match="no batch"):
         reset_batchnorm(result.model, [])
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
 def test_weights_and_three_models():
