@@ -193,6 +193,8 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 def block_map(sizes: Sequence[int], block: int) -> tuple[Tensor, list[int]]:
     """One grid over many tensors: which tensor each program works on (int32), and each tensor's first program."""
+    if len(sizes) == 1:
+        return torch.zeros(-(-sizes[0] // block), dtype=torch.int32, device="cpu"), [0]
     counts = torch.tensor([-(-n // block) for n in sizes], device="cpu")
     owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return owner, (counts.cumsum(0) - counts).tolist()

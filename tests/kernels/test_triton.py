@@ -26,7 +26,7 @@ from fastmerge.ops import highpass_filter, weighted_sum
 HERE = Path(__file__).parent
 # Kernels bound by memory: occupancy and wide accesses matter. Ranks and chunks that start inside a Philox call are
 # reached element by element; elections take four elements a thread, which are 8 bytes of a 16-bit stream.
-STREAMING = ("weighted_sum", "random_mask", "rule_mask", "topk_row", "histogram_kernel", "collect_kernel", "sample_kernel",
+STREAMING = ("weighted_sum", "random_mask", "topk_row", "collect_kernel",
              "consensus_merge", "l1_norms", "abs_sum", "delta_kernel", "finish_kernel")  # fmt: skip
 ELEMENTWISE = ("random_mask, by rank",)
 TIMEOUT = 900  # seconds; a hang must end, a loaded machine may be slow

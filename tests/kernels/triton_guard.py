@@ -143,26 +143,35 @@ class Guard:
         low, high = _span(t)
         return sum(int(((a.addresses >= low) & (a.addresses < high)).sum()) for a in self.accesses)
 
-    def full_sector_share(self, *of: torch.Tensor) -> float:
-        """Of the 32-byte sectors that warp requests touch, the share that is used whole.
-
-        The interpreter knows no threads: a block access is cut into requests as the compiler lays out a coalesced one,
-        16 bytes a thread in lane order, 32 threads a warp. Scalars (tables, thresholds) are not counted; with `of`, nor is
-        anything but these tensors.
-        """
+    def _requests(self, of: tuple[torch.Tensor, ...], kernel: str | None, whole: bool) -> Iterator[tuple[int, int]]:
+        """(sectors, those used whole) of each warp request."""
         spans = [_span(t) for t in of]
-        full = total = 0
         for a in self.accesses:
-            if a.kind == "atomic" or a.lanes == 1 or not a.addresses.size:
+            if a.kind == "atomic" or a.lanes == 1 or not a.addresses.size or kernel not in (None, a.kernel):
                 continue
-            if of and not any(low <= int(a.addresses[0]) < high for low, high in spans):
+            if (whole and a.addresses.size < a.lanes) or (
+                of and not any(low <= int(a.addresses[0]) < high for low, high in spans)
+            ):
                 continue
             lanes = WARP * max(1, 16 // a.itemsize)
             for i in range(0, a.addresses.size, lanes):
                 unique = np.unique(a.addresses[i : i + lanes])
                 _, counts = np.unique(unique // SECTOR, return_counts=True)
-                full += int((counts * a.itemsize == SECTOR).sum())
-                total += counts.size
+                yield counts.size, int((counts * a.itemsize == SECTOR).sum())
+
+    def sectors(self) -> int:
+        """How many 32-byte sectors the warp requests move, scattered ones included."""
+        return sum(total for total, _ in self._requests((), None, False))
+
+    def full_sector_share(self, *of: torch.Tensor, kernel: str | None = None, whole: bool = False) -> float:
+        """Of the 32-byte sectors that warp requests touch, the share that is used whole.
+
+        The interpreter knows no threads: a block access is cut into requests as the compiler lays out a coalesced one,
+        16 bytes a thread in lane order, 32 threads a warp. Scalars (tables, thresholds) are not counted; with `of`, nor is
+        anything but these tensors; with `kernel`, nor are others; with `whole`, nor are accesses that a mask thins out.
+        """
+        counts = list(self._requests(of, kernel, whole))
+        full, total = sum(f for _, f in counts), sum(t for t, _ in counts)
         return full / total if total else 1.0
 
 

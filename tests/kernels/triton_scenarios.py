@@ -78,10 +78,16 @@ def _() -> object:
     return _triton.kernel("random_mask")(x, out, (2**30, 2**29, 77), key=(1, 2), stream=0, offset=3, ranks=ranks)
 
 
-@scenario("topk_mask fp32, one tensor, sampled")
+@scenario("topk_mask fp32, one tensor")
 def _() -> object:
-    (x,) = tensors(1, torch.float32, 1, 40_001)
-    return _triton.kernel("topk_mask")(x, 2000, torch.zeros(x.shape, dtype=torch.bool), sampled=True)
+    (x,) = tensors(1, torch.float32, 1, 2_000_001)
+    return _triton.kernel("topk_mask")(x, 400_000, torch.zeros(x.shape, dtype=torch.bool))
+
+
+@scenario("topk_mask bf16, long rows")
+def _() -> object:
+    (x,) = tensors(1, torch.bfloat16, 3, 20_001)
+    return _triton.kernel("topk_mask")(x, 2000, torch.zeros(x.shape, dtype=torch.bool))
 
 
 @scenario("topk_mask fp32, rows of 4096")
@@ -100,8 +106,16 @@ def _() -> object:
 def _() -> object:
     from fastmerge.triton_kernels._select import Segment, select
 
-    base, x = tensors(2, torch.bfloat16, 20_001)
+    base, x = tensors(2, torch.bfloat16, 40_001)
     return select([Segment(base, x, 2000)], torch.zeros(1, 2, dtype=torch.int64), [0])
+
+
+@scenario("selection of fp64 deltas and of small bf16 ones")
+def _() -> object:
+    from fastmerge.triton_kernels._select import Segment, select
+
+    segments = [Segment(*tensors(2, torch.float64, 20_001), 4000), Segment(*tensors(2, torch.bfloat16, 1001), 100)]
+    return select(segments, torch.zeros(2, 2, dtype=torch.int64), [0, 1])
 
 
 def _consensus(dtype: torch.dtype, count: int, **options: object) -> object:
