@@ -3,8 +3,8 @@
 Story. A segment is a tensor, a row, or the delta of a model. The integer of |x|'s bits orders as |x| does; a rule (key,
 index) keeps what is above key, and of what is equal the elements up to index, so rules order totally. Three steps:
 
-1. One program a segment draws a sample of 16384 elements into registers and finds two rules around the wanted one, 4.5
-   standard deviations away on either side, by bisection on the bits (Floyd and Rivest's idea).
+1. Two programs a segment draw a sample of 16384 elements into registers; each finds a rule 4.5 standard deviations to one
+   side of the wanted one, by bisection on the bits (Floyd and Rivest's idea).
 2. One read of the data *collects* what is between the two: key and index of a few per cent are copied to a list, and what
    is above is counted. No work but two comparisons and a scan is done for an element. For large segments the same is done
    once more with the list.
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ._jit import INTERPRETING, aligned, block_map, launch, target, tl_dtype, triton, upload, warps, wide_dtype
-from ._select_kernels import bracket_kernel, collect_kernel, settle_kernel, mask_kernel, refine_kernel, whole_kernel
+from ._select_kernels import bracket_kernel, collect_kernel, mask_kernel, refine_kernel, settle_kernel, whole_kernel
 
-SAMPLE = 16384  # elements of a sample: 16 for each of 1024 threads
+SAMPLE = 16384  # elements of a sample, 64 a thread; half of it in float64
 ROOM = 32768  # elements that settle_kernel holds; half of it in float64
 _SMALL = 2048  # a smaller settle_kernel, for tensors of at most so many elements
 _DEVIATIONS = 4.5  # as in _select_kernels
@@ -53,9 +53,9 @@ def _between(share: float, sample: int) -> float:
     return min(1.0, 2.25 * spread / sample)
 
 
-def _room(n: int) -> int:
-    """What the list of n elements' candidates holds."""
-    return n // 16 + 512
+def _room(n: int, sample: int) -> int:
+    """Of the list of what a sample leaves of n elements: a quarter more than is expected."""
+    return min(n, int(1.25 * n * _between(0.5, sample)) + 512)
 
 
 def levels(n: int, k: int, double: bool) -> int:
@@ -82,13 +82,12 @@ def select(segments: Sequence[Segment], rules: Tensor, slots: Sequence[int], *, 
         _select_group([segments[i] for i in members], rules, [slots[i] for i in members], int(depth), block)  # type: ignore[call-overload]
 
 
-def _select_group(
-    segments: list[Segment], rules: Tensor, slots: Sequence[int], depth: int, block: int | None
-) -> None:
+def _select_group(segments: list[Segment], rules: Tensor, slots: Sequence[int], depth: int, block: int | None) -> None:
     base, x, _, mask = segments[0]
     compute, device = wide_dtype(base, x), x.device
     double = compute == torch.float64
     sizes = [s.x.numel() for s in segments]
+    size = SAMPLE // 2 if double else SAMPLE
     largest = max(sizes)
     block = block or ((1 << 14) if INTERPRETING else 2048 if double else 4096)
     owner, first = block_map(sizes, block)
@@ -100,7 +99,7 @@ def _select_group(
         row += [0 if s.mask is None else s.mask.data_ptr(), slot]
         room = n
         for _ in range(depth):
-            room = _room(room)
+            room = _room(room, size)
             row += [room, at]
             at += room
         rows.append(row + [0] * (_COLUMNS - len(row)))
@@ -108,9 +107,7 @@ def _select_group(
     host = torch.zeros(count * (_COLUMNS + _STATE) + (owners + 1) // 2, dtype=torch.int64, device="cpu")
     host[: count * _COLUMNS] = torch.tensor(rows, device="cpu").view(-1)
     host[count * (_COLUMNS + _STATE) :].view(torch.int32)[:owners] = owner[:owners]
-    table, state, drawn = upload(host, torch.int64, device).split(
-        [count * _COLUMNS, count * _STATE, (owners + 1) // 2]
-    )
+    table, state, drawn = upload(host, torch.int64, device).split([count * _COLUMNS, count * _STATE, (owners + 1) // 2])
     wide = largest >= _WIDE
     key = torch.empty(at, dtype=torch.int64 if double else torch.int32, device=device)
     index = torch.empty(at, dtype=torch.int64 if wide else torch.int32, device=device)
@@ -125,7 +122,6 @@ def _select_group(
     top = 63 if double else 31
     low = {torch.bfloat16: 16, torch.float16: 13}.get(x.dtype, 0) if base is None else 0  # bits that are always 0
     bits = max(1, (largest - 1).bit_length())
-    size = SAMPLE // 2 if double else SAMPLE
     sample = {"TOP": top, "LOW": low, "SAMPLE": size, "LOG": size.bit_length() - 1}
     for level in range(depth):
         launch(bracket_kernel, (count, 2), table, state, key, index, bits, LEVEL=level, **sample, **one)
@@ -139,7 +135,9 @@ def _select_group(
     room = ROOM // 2 if double else ROOM
     if largest <= _SMALL:
         room, one["num_warps"] = _SMALL, warps(4)
-    launch(settle_kernel, (count,), table, state, rules, key, index, bits, LEVEL=depth, TOP=top, LOW=low, ROOM=room, **one)
+    launch(
+        settle_kernel, (count,), table, state, rules, key, index, bits, LEVEL=depth, TOP=top, LOW=low, ROOM=room, **one
+    )
     if depth:
         launch(whole_kernel, (count,), table, state, rules, bits, TOP=top, BLOCK=2048, **{**one, "num_warps": warps(4)})
     if mask is not None:

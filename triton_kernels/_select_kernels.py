@@ -180,7 +180,9 @@ def bracket_kernel(
         found_key, found_index = tl.where(all_above, -1, none), tl.full((), -1, tl.int64)
         if (all_below | all_above) == 0:
             v, hit, above = bisect(key, tl.full((), TOP, tl.int32), LOW, least, most)
-            found_key = v.to(tl.int64) - (is_low | hit)  # all of this key belong to the low end, and none to the high one
+            found_key = v.to(tl.int64) - (
+                is_low | hit
+            )  # all of this key belong to the low end, and none to the high one
             if hit == 0:  # so many are equal that they have to be divided, at an index
                 one = tl.full((), 1, index_ptr.dtype.element_ty)
                 last = (one << index_bits.to(one.dtype)) - 1
@@ -188,7 +190,9 @@ def bracket_kernel(
                     again = _places(tl.load(row + _N, volatile=True), index_ptr, SAMPLE, LOG)
                     behind = tl.where(key == v, last - again, -1)
                 else:
-                    again = _places(tl.load(state + _COPIED + LEVEL - 1, volatile=True) & 0xFFFFFFFF, index_ptr, SAMPLE, LOG)
+                    again = _places(
+                        tl.load(state + _COPIED + LEVEL - 1, volatile=True) & 0xFFFFFFFF, index_ptr, SAMPLE, LOG
+                    )
                     behind = last - tl.load(index_ptr + begin + again, mask=key == v, other=last + 1)
                 cut, divided, _ = bisect(behind, index_bits, 0, least - above, most - above)
                 if divided != 0:
@@ -318,7 +322,9 @@ def refine_kernel(table_ptr, state_ptr, key_ptr, index_ptr, LEVEL: tl.constexpr,
     if fine:
         begin = tl.load(row + _LISTS + 2 * LEVEL - 1)
         offsets = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        for start in tl.range(tl.program_id(0).to(tl.int64) * 16 * ROWS, count, tl.num_programs(0).to(tl.int64) * 16 * ROWS):
+        for start in tl.range(
+            tl.program_id(0).to(tl.int64) * 16 * ROWS, count, tl.num_programs(0).to(tl.int64) * 16 * ROWS
+        ):
             left = tl.minimum(count - start, 16 * ROWS).to(tl.int32)
             key = tl.load(key_ptr + begin + start + offsets, mask=offsets < left, other=-2)
             index = tl.load(index_ptr + begin + start + offsets, mask=offsets < left, other=0)
@@ -373,7 +379,9 @@ def whole_kernel(
         last = (tl.full((), 1, tl.int64) << index_bits) - 1
         shift = tl.full((), (TOP - 1) // 8 * 8, key.dtype)
         while shift >= 0:
-            digit, above = _digit(row, n, left, key, index, last, shift, False, HAS_BASE, BASE, X, COMPUTE, ALIGNED, BLOCK)
+            digit, above = _digit(
+                row, n, left, key, index, last, shift, False, HAS_BASE, BASE, X, COMPUTE, ALIGNED, BLOCK
+            )
             key = key | (digit.to(key.dtype) << shift)
             left -= above
             shift -= 8

@@ -62,10 +62,14 @@ def abs_sum_kernel(
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     if start + BLOCK <= n:
-        _sum_block(table_ptr, sum_ptr + pid, step, K, start, 0, HAS_BASE, COMPUTE, BASE, X, ALIGNED, GROUP, False, BLOCK)
+        _sum_block(
+            table_ptr, sum_ptr + pid, step, K, start, 0, HAS_BASE, COMPUTE, BASE, X, ALIGNED, GROUP, False, BLOCK
+        )
     else:
         left = (n - start).to(tl.int32)
-        _sum_block(table_ptr, sum_ptr + pid, step, K, start, left, HAS_BASE, COMPUTE, BASE, X, ALIGNED, GROUP, True, BLOCK)
+        _sum_block(
+            table_ptr, sum_ptr + pid, step, K, start, left, HAS_BASE, COMPUTE, BASE, X, ALIGNED, GROUP, True, BLOCK
+        )
 
 
 def abs_sum(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:

@@ -283,9 +283,17 @@ def _launch_group(group: list[Job], block: int | None) -> None:
 def _shape(job: Job, count: int) -> dict[str, int]:
     """Models whose loads are in flight, and registers: what an H100 measured, within half the occupancy."""
     if job.elect == NONE:
-        return {"UNROLL": 1 if job.trim == RANDOM else _at_most(count, MAX_UNROLLED), "num_warps": warps(4), "maxnreg": 64}
+        return {
+            "UNROLL": 1 if job.trim == RANDOM else _at_most(count, MAX_UNROLLED),
+            "num_warps": warps(4),
+            "maxnreg": 64,
+        }
     spare = job.divisor is None and job.trim != RANDOM
-    return {"UNROLL": 1 if job.trim == RANDOM else _at_most(count, 2), "num_warps": warps(8), "maxnreg": 48 if spare else 64}
+    return {
+        "UNROLL": 1 if job.trim == RANDOM else _at_most(count, 2),
+        "num_warps": warps(8),
+        "maxnreg": 48 if spare else 64,
+    }
 
 
 def _at_most(count: int, unrolled: int) -> int:

@@ -69,7 +69,7 @@ def test_small_tensors_share_launches(method, parameters, kernel, launches, monk
     monkeypatch.setenv("FASTMERGE_BACKEND", "triton")
     got = fm.merge(method, base, tuned, **parameters)
     assert launches.count(kernel) == 1, launches
-    assert launches.count("collect_kernel") == (1 if method == "ties" else 0)  # the thresholds of all tensors at once
+    assert launches.count("settle_kernel") == (1 if method == "ties" else 0)  # the thresholds of all tensors at once
     for name in want:
         assert_same_bits(got[name], want[name], f"{method} {name}")
 
