@@ -93,7 +93,8 @@ def _select_group(segments: list[Segment], rules: Tensor, slots: Sequence[int], 
     owner, first = block_map(sizes, block)
     # The table, the state and the owners go in one copy.
     count = len(segments)
-    rows, at = [], 0
+    rows: list[int] = []
+    at = 0
     for s, n, f, slot in zip(segments, sizes, first, slots, strict=True):
         row = [0 if s.base is None else s.base.data_ptr(), s.x.data_ptr(), n, s.k, f]
         row += [0 if s.mask is None else s.mask.data_ptr(), slot]
@@ -102,10 +103,10 @@ def _select_group(segments: list[Segment], rules: Tensor, slots: Sequence[int], 
             room = _room(room, size)
             row += [room, at]
             at += room
-        rows.append(row + [0] * (_COLUMNS - len(row)))
+        rows += row + [0] * (_COLUMNS - len(row))
     owners = len(owner) if depth else 0
     host = torch.zeros(count * (_COLUMNS + _STATE) + (owners + 1) // 2, dtype=torch.int64, device="cpu")
-    host[: count * _COLUMNS] = torch.tensor(rows, device="cpu").view(-1)
+    host[: count * _COLUMNS] = torch.tensor(rows, dtype=torch.int64, device="cpu")
     host[count * (_COLUMNS + _STATE) :].view(torch.int32)[:owners] = owner[:owners]
     table, state, drawn = upload(host, torch.int64, device).split([count * _COLUMNS, count * _STATE, (owners + 1) // 2])
     wide = largest >= _WIDE
