@@ -190,6 +190,12 @@ def _turn(
            bins, steps, parts, rows, BACK=True, **meta)  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
+def share_removed(key: Key) -> float:
+    """Of all frequencies, by the mask."""
+    return float(_removed(key).mean())
+
+
 def folds(mask: Mask, several: bool) -> bool:
     """Whether lines are folded: two passes of 8 bytes an element and less work after them (docs/gpu.md has the crossover)."""
     shorter, longer = sorted((mask.height, mask.width))

@@ -11,6 +11,14 @@ ROOT_HALF = tl and tl.constexpr(math.sqrt(0.5))
 
 
 @jit
+def _coarse(x):
+    """x to 11 bits, to nearest, and finite: what is not stays in x − coarse."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = tl.minimum((bits & 0x7FFFFFFF) + 4096, 0x7F7FFFFF) & -8192
+    return (rounded | (bits & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@jit
 def _dot(x, table_ptr, other, ok, total, PRECISION: tl.constexpr):
     """total + x · table, a table in two parts of tf32 (`_pruned.parts`), `other` apart.
 
@@ -23,8 +31,8 @@ def _dot(x, table_ptr, other, ok, total, PRECISION: tl.constexpr):
     zero = tl.zeros(total.shape, tl.float32)
     if PRECISION == "tf32x3":
         low = tl.load(table_ptr + other, mask=ok, other=0.0)
-        coarse = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        step = tl.dot(x - coarse, high, zero, input_precision="tf32")  # a NaN or an Inf is a NaN here
+        coarse = _coarse(x)
+        step = tl.dot(x - coarse, high, zero, input_precision="tf32")  # a NaN or an Inf is in here
         step = tl.dot(coarse, low, step, input_precision="tf32")
         step = tl.dot(coarse, high, step, input_precision="tf32")
     elif PRECISION == "tf32":
@@ -211,8 +219,8 @@ def turn_kernel(
             fine = fine_ptr + m[:, None] * STEP + k[None, :] % STEP
         cc, ct = tl.load(coarse, mask=ok, other=0.0), tl.load(coarse + bins * steps, mask=ok, other=0.0)
         fc, ft = tl.load(fine, mask=ok, other=0.0), tl.load(fine + bins * STEP, mask=ok, other=0.0)
-        c = tl.dot(cc * fc - ct * ft, x, c, input_precision=PRECISION)
-        s = tl.dot(cc * ft + ct * fc, x, s, input_precision=PRECISION)
+        c += tl.dot(cc * fc - ct * ft, x, input_precision=PRECISION)  # added outside the tensor cores, see `_dot`
+        s += tl.dot(cc * ft + ct * fc, x, input_precision=PRECISION)
     cr, ci = c.reshape(BM, BN // 2, 2).split()
     sr, si = s.reshape(BM, BN // 2, 2).split()
     if BACK:

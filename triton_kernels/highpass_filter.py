@@ -41,7 +41,19 @@ from ._jit import (
     upload,
     wide_dtype,
 )
-from ._pruned import SMALL, Key, Mask, folds, mask_tables, products, pruned, thin_axis, transformed, turns
+from ._pruned import (
+    SMALL,
+    Key,
+    Mask,
+    folds,
+    mask_tables,
+    products,
+    pruned,
+    share_removed,
+    thin_axis,
+    transformed,
+    turns,
+)
 from ._staged import one_tile, three_launches
 from ._stages import TILE, _delta, _inputs, _listed, _load, flops, shape
 
@@ -53,6 +65,7 @@ _FFT = 62  # the fft form: 58 of it cuFFT's pair
 _FFT_PRIME = 45  # more for an axis with a prime factor above 7
 # and, in that time too, what the host takes for the launches of a call (350, 250, 200 and 200 microseconds).
 _HOST = {"folded": 9.7e8, "plain": 6.9e8, "staged": 5.5e8, "fft": 5.5e8}
+MOST = 0.75  # of the frequencies, that the pruned form removes: x − low then has twice the error of x
 TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
 _GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
 
@@ -88,7 +101,8 @@ def costs(mask: Mask) -> dict[str, float]:
     """Each possible form's estimate, in the time in which memory moves a byte, for each element of x.
 
     Small matrices share launches with others of their shape, except where torch.fft makes transforms. For them it is what
-    the host needs that counts, if that is more; a large one's launches hide behind the work before it.
+    the host needs that counts, if that is more; a large one's launches hide behind the work before it. Where little is
+    left x minus the rest is less exact than the rest's transform: that is not pruned.
     """
     size, (thin, length) = mask.height * mask.width, thin_axis(Key(mask))
 
@@ -99,7 +113,7 @@ def costs(mask: Mask) -> dict[str, float]:
     once, each = _FOLDED if folded else _PLAIN
     pruned = least(once + (each + _PANEL / length) * thin, "folded" if folded else "plain", turns(mask))
     fft = least(_FFT + _FFT_PRIME * (_odd(mask.height) + _odd(mask.width)), "fft", False)
-    found = {"pruned": pruned, "fft": fft}
+    found = {"pruned": pruned, "fft": fft} if share_removed(Key(mask)) <= MOST else {"fft": fft}
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
         work = (8 if plan.keep else 12) + 16 * plan.share + _STAGED * flops(plan)

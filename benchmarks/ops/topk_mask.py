@@ -36,9 +36,9 @@ def _case(dtype, **kwargs):  # type: ignore[no-untyped-def]
 BENCH = Bench(
     "topk_mask",
     (
-        Variant("fp32 4096x4096, 20 %", _case(torch.float32), bytes=(2 * 4 + 1) * N),
-        Variant("bf16 4096x4096, 20 %", _case(torch.bfloat16), bytes=(2 * 2 + 1) * N),
-        Variant("fp16 4096x4096, 20 %", _case(torch.float16), bytes=(2 * 2 + 1) * N, quick=False),
+        Variant("fp32 4096x4096, 20 %", _case(torch.float32), bytes=(4 + 1) * N),
+        Variant("bf16 4096x4096, 20 %", _case(torch.bfloat16), bytes=(2 + 1) * N),
+        Variant("fp16 4096x4096, 20 %", _case(torch.float16), bytes=(2 + 1) * N, quick=False),
         Variant("fp32 4096x4096, 20 % of every row", _case(torch.float32, dim=-1), bytes=(4 + 1) * N, quick=False),
     ),
     {"torch.topk": torch_topk, "torch.kthvalue": torch_kthvalue},
