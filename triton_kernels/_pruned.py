@@ -109,16 +109,17 @@ def _tile(rows: int, columns: int, groups: int, several: bool) -> dict[str, int]
     """Of a product [rows, columns]. It does not depend on the number of matrices.
 
     several: the kernel reads several streams, which take registers. The wide tile is what was fastest on an H100, of twelve;
-    it spills on Blackwell, and AMD has too little shared memory for it.
+    it spills on Ampere and Blackwell, and AMD has too little shared memory for it.
     """
     if INTERPRETING:
         return {"BM": 128, "BN": 128, "BK": 128}
     gpu = target()
-    widest = 128 if gpu.backend == "cuda" and gpu.arch // 10 in (8, 9) and not several else 64
+    widest = 128 if gpu.backend == "cuda" and gpu.arch // 10 == 9 and not several else 64
     width = min(widest, max(16, power_of_2(columns)))
     while width > 32 and cdiv(rows, 64) * groups * cdiv(columns, width) < _ENOUGH:
         width //= 2
-    stages, threads = (2, 8) if widest == 64 else (3, 4)
+    ampere = gpu.backend == "cuda" and gpu.arch // 10 == 8 and not several
+    stages, threads = (3, 4) if widest == 128 or ampere else (2, 8)
     return {"BM": 64, "BN": width, "BK": 32, "num_stages": stages, "num_warps": warps(threads)}
 
 
