@@ -58,7 +58,7 @@ class Job:
         self.pool, self.files, self.nan, self._go_on = pool, files, nan, go_on
         self.nonfinite: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._unsettled: list[tuple[str, str, int, Tensor, Tensor, Tensor]] = []  # see `settle`
+        self._unsettled: list[tuple[str, Planned, int, int, Tensor, Tensor]] = []  # see `settle`
         self.cosines = Cosines([str(ref) for ref in recipe.inputs])
         self._all_cosines = cosines  # of tensors for which the method needs no Gram matrix, too
         self.planned: list[Planned] = []
@@ -140,7 +140,7 @@ class Job:
             if _waits(chunk):
                 low, high = torch.aminmax(chunk)  # both are NaN where one element is
                 with self._lock:
-                    self._unsettled.append((label, tensor.name, offset, chunk, low, high))
+                    self._unsettled.append((label, tensor, offset, chunk.numel(), low, high))
             elif count := _count_nonfinite(chunk):
                 self._found_nonfinite(label, tensor.name, offset, chunk, count)
 
@@ -160,16 +160,18 @@ class Job:
         Raises what looking earlier would have; nothing has been written by then, since those merges end in memory.
         """
         unsettled, self._unsettled = self._unsettled, []
-        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, str, int, Tensor, Tensor, Tensor]]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[str, Planned, int, int, Tensor, Tensor]]] = {}
         for item in unsettled:
-            kinds.setdefault((item[3].device, item[3].dtype), []).append(item)
+            kinds.setdefault((item[4].device, item[4].dtype), []).append(item)
         for items in kinds.values():
             ends = torch.stack([end for *_, low, high in items for end in (low, high)])
-            for (label, name, offset, chunk, *_), finite in zip(
-                items, ends.isfinite().view(-1, 2).tolist(), strict=True
-            ):
-                if not all(finite):
-                    self._found_nonfinite(label, name, offset, chunk, _count_nonfinite(chunk))
+            for (label, t, offset, count, *_), finite in zip(items, ends.isfinite().view(-1, 2).tolist(), strict=True):
+                if all(finite):
+                    continue
+                source = next(s for s in [t.base, *t.models] if s is not None and s.checkpoint.label == label)
+                chunk = source.read(offset, offset + count, self.pool.buffers, "settled")  # not held: it may be a copy
+                if found := _count_nonfinite(chunk):
+                    self._found_nonfinite(label, t.name, offset, chunk, found)
 
     def _found_nonfinite(self, label: str, name: str, offset: int, chunk: Tensor, count: int) -> None:
         key = f"{label}: {name}"

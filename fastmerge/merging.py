@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -188,7 +189,8 @@ def merge_checkpoints(
             if fleet.stages:
                 fleet.each([t for t in job.planned if not t.copied], lambda t: t.numel, merge_there)
         except Exception:
-            job.settle()  # NaN is why, if there is one
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                job.settle()  # NaN is why, if there is one
             raise
         job.settle()
     for alias, name in template.aliases.items():

@@ -83,6 +83,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     """
     if 0 in grid:
         return
+    assert max(grid[1:], default=0) <= 65535, (
+        f"{grid} is more than a GPU's grid takes"
+    )  # seen where there is no GPU, too
     if INTERPRETING:
         import numpy as np
 

@@ -30,6 +30,8 @@ TURN = {"BM": 16, "BN": 32, "BK": 64}  # tiles of `turn_kernel`
 PART = 256  # rows of a part, about, see `turn_kernel`
 STEP = 128  # rows, see `turn_kernel`: a multiple of its tiles
 TURNS = 1 << 24  # products of a panel and roots up to which they are no slower than torch.fft
+GRID = 65535  # programs along a grid's second and third dimensions
+_HELD = 1 << 22  # factors of a mask, up to which its tables stay on the device
 _ENOUGH = 200  # programs of a launch, for which tiles get smaller
 
 
@@ -41,9 +43,6 @@ class Mask(Protocol):
     bounds: Tensor
     ring: Tensor
     columns: Tensor
-
-    @property
-    def rows(self) -> Tensor: ...
 
     def gain(self) -> Tensor: ...
 
@@ -73,22 +72,46 @@ def thin_axis(key: Key) -> tuple[int, int]:
     """(removed frequencies of the axis contracted first, its length)."""
     mask = key.mask
     if mask.height < mask.width:
-        rows = (mask.gain()[:, mask.columns.long()] != 1).any(1).nonzero()[:, 0]
-        return int(torch.minimum(rows, mask.height - rows).unique().numel()), mask.height
+        return len(_lines(key, True)[0]), mask.height
     return len(mask.columns), mask.width
 
 
-def _removed(key: Key) -> Tensor:
-    """float64 [H, W]: 1 − the gain that a real result sees on the whole plane; bin (-r, -c) mirrors (r, c)."""
-    height, width, gain = key.mask.height, key.mask.width, key.mask.gain()
-    half = width // 2 + 1
-    whole = gain.new_zeros(height, width, dtype=torch.float64)
-    whole[:, :half] = gain
-    mirror = (-torch.arange(height, device=gain.device)) % height
-    whole[:, half:] = gain[mirror][:, (-torch.arange(half, width, device=gain.device)) % width]
-    for c in {0, width // 2} if width % 2 == 0 else {0}:  # columns that are their own mirror: the mean of both
-        whole[:, c] = (gain[:, c] + gain[mirror, c]) / 2
-    return 1.0 - whole
+@functools.lru_cache(maxsize=256)
+def share_removed(key: Key) -> float:
+    """Of all frequencies, the share that the intervals leave out (the ring is not counted)."""
+    mask = key.mask
+    ends = mask.bounds.clamp(max=mask.width // 2 + 1).double()
+    # Of the columns below c: 0 and width / 2 count once, the others for their mirrors too.
+    kept = (2 * ends - 1).clamp(min=0).clamp(max=mask.width)
+    return 1.0 - float((kept[..., 1] - kept[..., 0]).clamp(min=0).sum()) / (len(ends) * mask.height * mask.width)
+
+
+def _lines(key: Key, over_rows: bool) -> tuple[Tensor, Tensor]:
+    """(the touched frequencies c <= L/2 of the axis contracted first, float32 [M, c]: 1 − the gain that a real result sees).
+
+    A real result sees the mean of a bin's gain and its mirror's (-r, -c): it differs in the columns 0 and W/2 alone. Gains are
+    multiples of a half, so float32 holds them. Only touched columns are looked at: a whole plane may be gigabytes.
+    """
+    mask, c = key.mask, key.mask.columns.long()
+    height, width, tables = mask.height, mask.width, mask.bounds.shape[0]
+    count = torch.zeros(height, len(c), device=c.device)
+    for low, high in zip(mask.bounds[..., :1], mask.bounds[..., 1:], strict=True):
+        count += (c >= low) & (c < high)
+    row, column = mask.ring.long().T.contiguous()
+    count.index_put_((row, torch.searchsorted(c, column)), torch.ones(len(row), device=c.device), accumulate=True)
+    removed = 1 - count / tables
+    mirror = (-torch.arange(height, device=c.device)) % height
+    alone = (c == 0) | (2 * c == width)
+    removed[:, alone] = (removed[:, alone] + removed[mirror][:, alone]) / 2
+    if not over_rows:
+        touched = (removed != 0).any(0)
+        return c[touched], removed[:, touched]
+    rows = (removed != 0).any(1)
+    first = (rows | rows[mirror])[: height // 2 + 1].nonzero()[:, 0]
+    whole = removed.new_zeros(width, len(first))
+    whole[width - c[~alone]] = removed[mirror[first]][:, ~alone].T
+    whole[c] = removed[first].T
+    return first, whole
 
 
 # --------------------------------------------------------------------------------------------------------- launcher
@@ -131,7 +154,7 @@ def _fold_tile(parts: int, rows: bool) -> dict[str, int]:
     return {"BM": 512 // length, "BK": length, "num_warps": warps(4)}
 
 
-def pruned(source, flags, out, mask, batch, compute, add_base, tf32):  # type: ignore[no-untyped-def]
+def pruned(source, flags, out, mask, batch, _compute, add_base, tf32):  # type: ignore[no-untyped-def]
     height, width, device = mask.height, mask.width, out.device
     over_rows = height < width  # contract the shorter axis first
     m, length, *strides = (width, height, 1, width) if over_rows else (height, width, width, 1)
@@ -151,7 +174,7 @@ def pruned(source, flags, out, mask, batch, compute, add_base, tf32):  # type: i
         inner, several = (into, (into,), (0,)), False
         given = {"HAS_BASE": False, "WEIGHTED": False, "table_ptr": None, "ALIGN": 1}
         fold: dict[str, Any] = {**_fold_tile(parts, over_rows), "device": device}
-        grid = (cdiv(parts, fold["BK"]), cdiv(m, fold["BM"]), batch)
+        grid = (cdiv(parts, fold["BK"]) * cdiv(m, fold["BM"]), batch)
         launch(fold_kernel, grid, *source, into, m, parts, *strides, size, **fold, **flags)
     tile = _tile(m, n, groups, several)
     launch(
@@ -191,12 +214,6 @@ def _turn(
            bins, steps, parts, rows, BACK=True, **meta)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def share_removed(key: Key) -> float:
-    """Of all frequencies, by the mask."""
-    return float(_removed(key).mean())
-
-
 def folds(mask: Mask, several: bool) -> bool:
     """Whether lines are folded: two passes of 8 bytes an element and less work after them (docs/gpu.md has the crossover)."""
     shorter, longer = sorted((mask.height, mask.width))
@@ -222,16 +239,20 @@ def parts_of(x: Tensor) -> Tensor:
     return torch.stack([high, (x - high.double()).float()], -3)
 
 
-@functools.lru_cache(maxsize=16)
 def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
+    """`_made_bases`, held where they are below 16 MB: those of an embedding (100 MB and more) are made when they are needed."""
+    large = max(key.mask.height, key.mask.width) * thin_axis(key)[0] > _HELD
+    return (_made_bases.__wrapped__ if large else _made_bases)(key, over_rows, folded, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _made_bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
     """cos and −sin along the axis contracted first, of groups of columns."""
-    removed = _removed(key)
-    removed = removed.T if over_rows else removed  # [M, L]
-    length = removed.shape[1]
-    first = (removed[:, : length // 2 + 1] != 0).any(0).nonzero()[:, 0]
+    first, removed = _lines(key, over_rows)  # [M, c]
+    length = key.mask.height if over_rows else key.mask.width
     r = FOLD if folded else 1
     remainder = torch.minimum(first % r, -first % r)
-    members = [first[remainder % max(1, r // 2) == g] for g in range(max(1, r // 2))]
+    members = [(remainder % max(1, r // 2) == g).nonzero()[:, 0] for g in range(max(1, r // 2))]
     # Columns of zeros, so that groups are alike, and rows of the thin matrix start at multiples of 64 bytes.
     most = max(len(c) for c in members)
     most += -most % max(1, min(8, length // 2))
@@ -239,7 +260,8 @@ def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Bas
     # [group, column, (re, im), (a, b), v]
     basis = torch.zeros(len(members), most, 2, min(r, 2), len(v), dtype=torch.float64, device="cpu")
     factor = torch.zeros(len(members), most, len(removed), device="cpu")
-    for g, columns in enumerate(members):
+    for g, member in enumerate(members):
+        columns = first[member]
         here, there = slice(len(columns)), (columns % r)[:, None, None]
         angle = 2 * math.pi * ((columns[:, None] * v) % length).double() / length
         straight, turned = torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)
@@ -250,7 +272,7 @@ def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Bas
             basis[g, here, :, 0] = straight
             basis[g, here, :, 1] = turned * torch.where(there == g, 1.0, -1.0)
         twice = torch.where((columns == 0) | (2 * columns == length), 1.0, 2.0)  # a bin and its mirror
-        factor[g, here] = (removed[:, columns] * twice / (length * len(removed))).float().T
+        factor[g, here] = (removed[:, member] * (twice.double() / (length * len(removed)))).float().T
     basis = basis.reshape(len(members), 2 * most, -1)  # [group, N, K]
     # Folding's rows are sqrt(r) and sqrt(r / 2) long: its inverse is its transpose over their squares.
     squares = torch.tensor([float(r)] + [r / 2] * (len(members) - 1), dtype=torch.float64, device="cpu")[:, None, None]
@@ -263,14 +285,14 @@ def turns(mask: Mask) -> bool:
 
     For them torch.fft is mostly launches, and its bits depend on how many matrices there are.
     """
-    return mask.height * mask.width <= SMALL and _turn_products(Key(mask)) <= TURNS
+    longer = max(mask.height, mask.width)
+    return mask.height * mask.width <= SMALL and longer < GRID * TURN["BM"] and _turn_products(Key(mask)) <= TURNS
 
 
 @functools.lru_cache(maxsize=256)
 def _turn_products(key: Key) -> int:
     """Rows x bins x columns of the panel, those of a tile at least."""
-    removed = _removed(key)
-    removed = removed.T if key.mask.height < key.mask.width else removed
+    removed = _lines(key, key.mask.height < key.mask.width)[1]
     return len(removed) * int((removed != 0).any(1).sum()) * max(TURN["BN"], 2 * thin_axis(key)[0])
 
 

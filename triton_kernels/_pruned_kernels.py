@@ -53,9 +53,9 @@ def fold_kernel(
     Sum, alternating sum, (re, im) of 2, (re, im) of 1 and of 3 are at the places 0, 1, 4, 5, 2, 3, 6, 7. A line is a row of
     the matrix, or a column, which is a row of out.
     """
-    batch = tl.program_id(2).to(tl.int64)
-    m = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
-    k = (tl.program_id(0) * BK + tl.arange(0, BK))[None, :]
+    batch, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(K, BK)
+    m = (tl.program_id(0) // blocks * BM + tl.arange(0, BM))[:, None]
+    k = (tl.program_id(0) % blocks * BK + tl.arange(0, BK))[None, :]
     ok = (m < M) & (k < K)
     first, base, models, scalars = _inputs(table_ptr, batch, base_ptr, model_ptrs, weights, ALIGN)
     at = first * size + m.to(tl.int64) * stride_m + k.to(tl.int64) * stride_k
@@ -89,9 +89,9 @@ def unfold_kernel(
     ADD_BASE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`fold_kernel` the other way: out = (base +) the lines."""
-    batch = tl.program_id(2).to(tl.int64)
-    m = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
-    k = (tl.program_id(0) * BK + tl.arange(0, BK))[None, :]
+    batch, blocks = tl.program_id(1).to(tl.int64), tl.cdiv(K, BK)
+    m = (tl.program_id(0) // blocks * BM + tl.arange(0, BM))[:, None]
+    k = (tl.program_id(0) % blocks * BK + tl.arange(0, BK))[None, :]
     ok = (m < M) & (k < K)
     place = folded_ptr + batch * size + m.to(tl.int64) * (8 * K) + k
     a1, a3 = tl.load(place + 2 * K, mask=ok, other=0.0), tl.load(place + 6 * K, mask=ok, other=0.0)

@@ -42,6 +42,7 @@ from ._jit import (
     wide_dtype,
 )
 from ._pruned import (
+    GRID,
     SMALL,
     Key,
     Mask,
@@ -67,7 +68,6 @@ _FFT_PRIME = 45  # more for an axis with a prime factor above 7
 _HOST = {"folded": 9.7e8, "plain": 6.9e8, "staged": 5.5e8, "fft": 5.5e8}
 MOST = 0.75  # of the frequencies, that the pruned form removes: x − low then has twice the error of x
 TOGETHER = 1 << 22  # elements of the matrices that go in one launch: their workspace is held at once
-_GRID = 65535  # matrices a launch takes: the limit of a grid's third dimension
 
 
 class Form(NamedTuple):
@@ -113,7 +113,9 @@ def costs(mask: Mask) -> dict[str, float]:
     once, each = _FOLDED if folded else _PLAIN
     pruned = least(once + (each + _PANEL / length) * thin, "folded" if folded else "plain", turns(mask))
     fft = least(_FFT + _FFT_PRIME * (_odd(mask.height) + _odd(mask.width)), "fft", False)
-    found = {"pruned": pruned, "fft": fft} if share_removed(Key(mask)) <= MOST else {"fft": fft}
+    found = {"fft": fft}
+    if share_removed(Key(mask)) <= MOST and max(mask.height, mask.width) < 64 * GRID:  # a tile is 64 lines
+        found["pruned"] = pruned
     plan = shape(mask.height, mask.width, int(mask.columns[-1]))
     if plan is not None:
         work = (8 if plan.keep else 12) + 16 * plan.share + _STAGED * flops(plan)
@@ -243,8 +245,8 @@ def highpass_filter(
     flags = {"HAS_BASE": base is not None, "WEIGHTED": weights is not None, "table_ptr": None, "ALIGN": 1}
     run = _RUN[which or form(mask, compute).name]
     scalars = tuple(bits(w, compute) for w in (weights or [1.0]))
-    for begin in range(0, batch, _GRID):
-        end = min(batch, begin + _GRID)
+    for begin in range(0, batch, GRID):
+        end = min(batch, begin + GRID)
         parts = (models[0] if base is None else base, *models, out)
         if end - begin < batch:
             parts = tuple(t.view(batch, mask.height, mask.width)[begin:end] for t in parts)
@@ -269,7 +271,7 @@ def highpass_filter_many(jobs: Sequence[Job], *, which: str | None = None) -> No
             groups.setdefault(key, []).append(job)
     for group in groups.values():
         size = group[0].out.numel()
-        most = max(1, min(_GRID, TOGETHER // size))
+        most = max(1, min(GRID, TOGETHER // size))
         for begin in range(0, len(group), most):
             part = group[begin : begin + most]
             if len(part) == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from kernels.occupancy import occupancy, occupancy_gfx942
 from fastmerge import _triton
 from fastmerge._dispatch import BackendUnavailable, Batch, batched
 from fastmerge.ops import highpass_filter, weighted_sum
+from fastmerge.ops._spectral_mask import spectral_mask
 
 HERE = Path(__file__).parent
 # Kernels bound by memory: occupancy and wide accesses matter. Ranks and chunks that start inside a Philox call are
@@ -196,3 +198,25 @@ def test_kernel_files_import_without_triton():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(128256, 4096), (4096, 128256), (1 << 20, 1), (70000, 1024)])
+def test_grids_of_tall_matrices_fit(height, width, monkeypatch):
+    launcher = _triton.kernel("highpass_filter")
+    pruned, jit = (sys.modules[launcher.__module__.replace("highpass_filter", n)] for n in ("_pruned", "_jit"))
+    grids = {}
+    monkeypatch.setattr(pruned, "launch", lambda kernel, grid, *_, **__: grids.setdefault(kernel.fn.__name__, grid))
+    for module in (pruned, jit):
+        monkeypatch.setattr(
+            module, "target", lambda: types.SimpleNamespace(backend="cuda", arch=90, warp_size=32), raising=False
+        )
+    x = torch.empty(height, width, dtype=torch.bfloat16, device="meta")  # no memory: nothing is read
+    mask = spectral_mask(height, width, 0.02, "radial", False)
+    launcher([x, x], x, mask, base=x, weights=[0.5, 0.5], add_base=True, which="pruned")
+    assert {"project_kernel", "subtract_kernel"} <= set(grids)
+    assert ("fold_kernel" in grids) == (width > 1)
+    for name, grid in grids.items():
+        assert max(grid[1:]) <= 65535, (name, grid)
+        assert math.prod(grid) < 1 << 31
+    with pytest.raises(AssertionError, match="more than a GPU's grid takes"):
+        jit.launch(None, (1, 65536), device=x.device)

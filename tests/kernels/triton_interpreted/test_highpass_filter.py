@@ -100,7 +100,7 @@ def test_folding_and_unfolding_give_the_lines_back():
         m, length = lines.shape[1:]
         folded, back, bad = torch.empty_like(lines), torch.empty_like(x), torch.zeros(2, dtype=torch.int32)
         strides = (width, 1) if height >= width else (1, width)
-        grid, tile = (1, -(-m // 64), 2), {"BM": 64, "BK": 8, "device": x.device}
+        grid, tile = (-(-m // 64), 2), {"BM": 64, "BK": 8, "device": x.device}
         flags = {"HAS_BASE": False, "WEIGHTED": False, "table_ptr": None, "ALIGN": 1}
         launch(
             kernels.fold_kernel, grid, x, (x,), (0,), folded, m, length // 8, *strides, x[0].numel(), **tile, **flags
