@@ -31,7 +31,7 @@ PART = 256  # rows of a part, about, see `turn_kernel`
 STEP = 128  # rows, see `turn_kernel`: a multiple of its tiles
 TURNS = 1 << 24  # products of a panel and roots up to which they are no slower than torch.fft
 GRID = 65535  # programs along a grid's second and third dimensions
-_HELD = 1 << 22  # factors of a mask, up to which its tables stay on the device
+_LARGE = 1 << 22  # factors of a mask, from which on its tables are large
 _ENOUGH = 200  # programs of a launch, for which tiles get smaller
 
 
@@ -240,14 +240,15 @@ def parts_of(x: Tensor) -> Tensor:
 
 
 def _bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
-    """`_made_bases`, held where they are below 16 MB: those of an embedding (100 MB and more) are made when they are needed."""
-    large = max(key.mask.height, key.mask.width) * thin_axis(key)[0] > _HELD
-    return (_made_bases.__wrapped__ if large else _made_bases)(key, over_rows, folded, device)
+    """cos and −sin along the axis contracted first, of groups of columns; held for the next matrix of this shape.
+
+    Those of large matrices are 50 to 150 MB and take half a second to make: two are held, since models have two such shapes.
+    """
+    large = max(key.mask.height, key.mask.width) * thin_axis(key)[0] > _LARGE
+    return (_few_bases if large else _many_bases)(key, over_rows, folded, device)
 
 
-@functools.lru_cache(maxsize=16)
 def _made_bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -> Basis:
-    """cos and −sin along the axis contracted first, of groups of columns."""
     first, removed = _lines(key, over_rows)  # [M, c]
     length = key.mask.height if over_rows else key.mask.width
     r = FOLD if folded else 1
@@ -278,6 +279,9 @@ def _made_bases(key: Key, over_rows: bool, folded: bool, device: torch.device) -
     squares = torch.tensor([float(r)] + [r / 2] * (len(members) - 1), dtype=torch.float64, device="cpu")[:, None, None]
     there, back = parts_of(basis), parts_of(basis.mT * squares)
     return Basis(there.contiguous().to(device), back.contiguous().to(device), factor.flatten(0, 1).to(device))
+
+
+_many_bases, _few_bases = (functools.lru_cache(maxsize=n)(_made_bases) for n in (16, 2))
 
 
 def turns(mask: Mask) -> bool:
